@@ -1,0 +1,181 @@
+"""Puts tensors into a model built on `meta`: strict both ways, nothing computed before all fits."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from ltxlite_quant.formats import BlockFormat
+from ltxlite_quant.tensor import QuantTensor
+from torch import Tensor, nn
+
+from ltxlite.errors import CheckpointError
+from ltxlite.linear import swap_linears
+
+_SHOWN = 5
+
+
+class Stored(Protocol):
+    """A tensor in a file: known from the header, read when asked."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+
+    @property
+    def format(self) -> BlockFormat:
+        """How it is stored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+
+    def load(self) -> Tensor | QuantTensor:
+        """Read it; zero-copy where the file allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """A network's names as data: patterns rewritten, patterns left out, patterns kept in fp32."""
+
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+
+    def rename(self, name: str) -> str:
+        """Turn a checkpoint name into a module name."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def is_ignored(self, name: str) -> bool:
+        """Tell whether a checkpoint name is deliberately not loaded."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+    def keeps_float32(self, name: str) -> bool:
+        """Tell whether a module name keeps fp32 whatever the compute dtype is."""
+        return any(re.search(pattern, name) for pattern in self.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load used: tensors and bytes by format, and the names left out on purpose."""
+
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    nbytes: Mapping[str, int] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+def check_names(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise CheckpointError unless both name the same tensors with the same shapes."""
+    problems = []
+    if missing := sorted(expected.keys() - given.keys()):
+        problems.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+    if surplus := sorted(given.keys() - expected.keys()):
+        problems.append(f"{len(surplus)} are not part of the network ({_some(surplus)})")
+    wrong = [
+        f"{name} is {list(given[name])}, wanted {list(expected[name])}"
+        for name in sorted(expected.keys() & given.keys())
+        if given[name] != expected[name]
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} have another shape ({_some(wrong)})")
+    if problems:
+        raise CheckpointError(
+            f"{where}: {'; '.join(problems)}; the file is incomplete, damaged or of another model"
+        )
+
+
+def assemble(
+    model: nn.Module,
+    stored: Mapping[str, Stored],
+    naming: Naming,
+    dtype: torch.dtype,
+    where: str,
+) -> LoadReport:
+    """Load a model built on `meta` from the tensors of its component.
+
+    stored: checkpoint names without prefix.  dtype: of all floating point parameters except
+    those named by `naming.float32`; quantized matrices stay quantized.  Names and shapes are
+    compared before anything is read.  Raises CheckpointError with the first names of each kind.
+    """
+    ignored = tuple(sorted(name for name in stored if naming.is_ignored(name)))
+    used = {naming.rename(name): item for name, item in stored.items() if name not in set(ignored)}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: _matched(item.shape, expected.get(name)) for name, item in used.items()}
+    check_names(expected, shapes, where)
+    linears = _linear_weights(model)
+    quantized, plain = {}, {}
+    for name, item in used.items():
+        loaded = item.load()
+        if isinstance(loaded, QuantTensor) and name in linears:
+            quantized[name] = loaded
+        else:
+            kept = torch.float32 if naming.keeps_float32(name) else dtype
+            plain[name] = _values(loaded, kept).reshape(expected[name])
+    _refuse_nonfinite(plain, where)
+    swap_linears(model, {name.removesuffix(".weight"): q for name, q in quantized.items()})
+    model.load_state_dict(plain, strict=False, assign=True)
+    model.requires_grad_(False).eval()
+    _refuse_meta(model, where)
+    return _report(used.values(), ignored)
+
+
+def _matched(shape: tuple[int, ...], wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    # Quantizers drop or add dimensions of size one (formats.md 6, case 2).
+    squeezed = tuple(size for size in shape if size != 1)
+    if wanted and squeezed == tuple(size for size in wanted if size != 1):
+        return wanted
+    return shape
+
+
+def _values(loaded: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(loaded, QuantTensor):
+        return loaded.dequantize(dtype)
+    return loaded.to(dtype) if loaded.is_floating_point() else loaded
+
+
+def _linear_weights(model: nn.Module) -> set[str]:
+    modules = model.named_modules()
+    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def _refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
+    # Vectors only: they are read anyway and cost nothing, while checking matrices would read all
+    # 46 GB; a NaN in a matrix is found by name when the first prediction is not finite.
+    for name, value in tensors.items():
+        if value.dim() < 2 and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{where}: {name} holds NaN or infinity; download it again")
+
+
+def nonfinite_parameters(model: nn.Module) -> list[str]:
+    """Return the names of parameters and buffers with NaN or infinity; reads all of them."""
+    return [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+
+
+def _refuse_meta(model: nn.Module, where: str) -> None:
+    left = [name for name, value in model.state_dict().items() if value.is_meta]
+    if left:
+        raise CheckpointError(f"{where}: {len(left)} parameters got no values ({_some(left)})")
+
+
+def _report(items: Iterable[Stored], ignored: tuple[str, ...]) -> LoadReport:
+    tensors: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for item in items:
+        tensors[item.format.name] += 1
+        sizes[item.format.name] += item.nbytes
+    return LoadReport(dict(tensors), dict(sizes), ignored)
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

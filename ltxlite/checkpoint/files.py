@@ -1,0 +1,208 @@
+"""Opens what the user named, files or folders, and finds each network's tensors in them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltxlite_quant.formats import BlockFormat
+from ltxlite_quant.tensor import QuantTensor
+from ltxlite_quant.containers import Container, open_container
+from ltxlite_quant.mapped import TensorEntry
+from torch import Tensor
+
+from ltxlite.checkpoint.config import embedded_config, parse_json
+from ltxlite.checkpoint.recognise import BY_NAME, components_in, foreign
+from ltxlite.errors import CheckpointError
+
+SUFFIXES = (".safetensors", ".gguf")
+INDEX = "model.safetensors.index.json"
+_INDEX_LIMIT = 64 << 20  # the index of Gemma's five shards is 0.1 MB
+_SEARCH_DEPTH = 2  # a folder, its components' folders, Gemma's folder
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of an open container."""
+
+    container: Container
+    entry: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return self.entry.shape
+
+    @property
+    def format(self) -> BlockFormat:
+        """How it is stored."""
+        return self.entry.format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.entry.nbytes
+
+    def load(self) -> Tensor | QuantTensor:
+        """Read it, zero-copy where the file allows."""
+        return self.container.load(self.entry.name)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """One model as its packager published it: a file, or the shards of an index."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, Any]
+    components: tuple[str, ...]
+
+    def named(self, component: str) -> dict[str, StoredTensor]:
+        """Return a component's tensors by the names its network knows."""
+        strip = BY_NAME[component].strip
+        return {
+            short: stored
+            for name, stored in self.tensors.items()
+            if (short := strip(name)) is not None
+        }
+
+    def config(self) -> dict[str, Any] | None:
+        """Return the JSON configuration: embedded, a sidecar, or a folder's config.json."""
+        embedded = embedded_config(self.metadata, str(self.path))
+        if embedded is not None:
+            return embedded
+        for candidate in (self.path.with_suffix(self.path.suffix + ".config.json"),):
+            if candidate.is_file():
+                return parse_json(_read_text(candidate), str(candidate))
+        return None
+
+
+def open_models(path: Path) -> list[OpenModel]:
+    """Open a file, a sharded model's folder, or every model of a folder that is searched.
+
+    Raises CheckpointError for a path that is not there or holds no model.
+    """
+    if path.is_file():
+        return [_from_containers(path, [open_container(path)])]
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder")
+    models = list(_search(path, _SEARCH_DEPTH))
+    if not models:
+        raise CheckpointError(
+            f"{path}: the folder holds no model ({', '.join(SUFFIXES)} or {INDEX})"
+        )
+    return models
+
+
+def _search(folder: Path, depth: int) -> Iterable[OpenModel]:
+    if (folder / INDEX).is_file():
+        yield _open_shards(folder)
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in SUFFIXES:
+            yield _from_containers(path, [open_container(path)])
+        elif path.is_dir() and depth and not path.name.startswith("."):
+            yield from _search(path, depth - 1)
+
+
+def _open_shards(folder: Path) -> OpenModel:
+    index = folder / INDEX
+    table = parse_json(_read_text(index), str(index)).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{index}: no weight_map of tensor names to shards; download it again")
+    shards = []
+    for name in sorted(set(table.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: the shard name {name!r} leaves its folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: this shard is missing; download it")
+        shards.append(open_container(folder / name))
+    model = _from_containers(folder, shards)
+    if lost := sorted(table.keys() - model.tensors.keys()):
+        raise CheckpointError(
+            f"{index}: {len(lost)} tensors are in no shard ({lost[0]}, ...); download them again"
+        )
+    return model
+
+
+def _from_containers(path: Path, containers: Sequence[Container]) -> OpenModel:
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, Any] = {}
+    for container in containers:
+        for name, entry in container.tensors.items():
+            tensors[name] = StoredTensor(container, entry)
+        metadata.update(container.metadata)
+    found = tuple(components_in(tensors))
+    if not found:
+        kind = foreign(tensors) or "no part of LTX-2 that ltxlite knows"
+        raise CheckpointError(f"{path}: this is {kind}; see README, 'Files', for what to download")
+    return OpenModel(path, tensors, metadata, found)
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > _INDEX_LIMIT:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path}: not a text file; download it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a small JSON object from a file; CheckpointError names the file on any defect."""
+    return parse_json(_read_text(path), str(path))
+
+
+class ModelFiles:
+    """Everything the user named, in order of precedence: the first model with a component has it."""
+
+    def __init__(self, models: Sequence[OpenModel]) -> None:
+        self.models = tuple(models)
+
+    @classmethod
+    def open(cls, paths: Sequence[Path]) -> "ModelFiles":
+        """Open files and folders, most specific first."""
+        models: list[OpenModel] = []
+        for path in paths:
+            opened = open_models(path)
+            _refuse_ambiguous(path, opened)
+            models.extend(opened)
+        return cls(models)
+
+    def find(self, component: str) -> OpenModel | None:
+        """Return the model that serves a component, or None."""
+        for model in self.models:
+            if component in model.components:
+                return model
+        return None
+
+    def all(self, component: str) -> list[OpenModel]:
+        """Return every model that holds a component (upscalers come in several kinds)."""
+        return [model for model in self.models if component in model.components]
+
+    def config_of(self, component: str) -> tuple[dict[str, Any] | None, str]:
+        """Return the configuration that describes a component, and where it was found.
+
+        The component's own file decides; a file without any (a GGUF, a split part) may be
+        described by another file of the set.
+        """
+        own = self.find(component)
+        for model in (own, *self.models):
+            if model is not None and (config := model.config()) is not None:
+                return config, str(model.path)
+        return None, "no file has a configuration"
+
+
+def _refuse_ambiguous(path: Path, models: Sequence[OpenModel]) -> None:
+    several = ("upscaler", "lora")
+    seen: dict[str, OpenModel] = {}
+    for model in models:
+        for component in model.components:
+            if component in several:
+                continue
+            if component in seen:
+                raise CheckpointError(
+                    f"{path}: both {seen[component].path.name} and {model.path.name} hold a "
+                    f"{component}; name the one you mean instead of the folder"
+                )
+            seen[component] = model

@@ -1,0 +1,148 @@
+"""`generate`: flags to one request, then one call."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ltxlite.pipeline import Result
+    from ltxlite.request import Request
+
+EXAMPLE = """example:
+  ltxlite generate --model ltx-2.3-22b-distilled-1.1.safetensors --text-encoder gemma-3-12b/ \\
+      --upscaler ltx-2.3-spatial-upscaler-x2-1.1.safetensors \\
+      --prompt "A steam train crosses a stone bridge, whistle blowing" --size 720p -o train.mp4"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags; every help text gives unit and default."""
+    parser.epilog = EXAMPLE
+    _add_files(parser)
+    _add_clip(parser)
+    _add_sampling(parser)
+    _add_running(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("files (README, 'Files', says where to get them)")
+    files.add_argument("--model", help="checkpoint, or a folder that is searched for all parts")
+    files.add_argument("--text-encoder", help="Gemma 3 12B: a folder or a single file")
+    files.add_argument("--vae", help="video VAE, if not inside --model")
+    files.add_argument("--audio-vae", help="audio VAE and vocoder, if not inside --model")
+    files.add_argument("--connectors", help="embeddings connectors, if not inside --model")
+    files.add_argument("--text-projection", help="text projection, if not inside --model")
+    files.add_argument(
+        "--upscaler", action="append", default=[], help="latent upscaler; may be repeated"
+    )
+    files.add_argument("--distilled-lora", help="distilled LoRA, for the stages of a dev model")
+    files.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:S1[,S2]]",
+        help="LoRA and its strength in each stage (default 1; the last serves the rest)",
+    )
+
+
+def _add_clip(parser: argparse.ArgumentParser) -> None:
+    clip = parser.add_argument_group("clip")
+    clip.add_argument("--prompt", help="what to see and hear")
+    clip.add_argument(
+        "--negative", help="what to avoid; used by guided stages (default: a built-in list)"
+    )
+    clip.add_argument(
+        "--size",
+        default="default",
+        help="WIDTHxHEIGHT in pixels, or small, default (1536x1024), 720p, 1080p, portrait, square",
+    )
+    length = clip.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length in seconds (default: 121 frames)")
+    length.add_argument("--frames", type=int, help="length in frames, 8n+1 (default 121)")
+    clip.add_argument("--fps", default="24", help="frames per second, 24000/1001 too (default 24)")
+    clip.add_argument("--seed", type=int, default=10, help="seed; -1 draws one (default 10)")
+    clip.add_argument("--strict", action="store_true", help="refuse sizes instead of snapping them")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (defaults come from the checkpoint's variant)")
+    group.add_argument("--variant", choices=("dev", "distilled"), help="kind of checkpoint")
+    group.add_argument(
+        "--quality",
+        choices=("draft", "balanced", "max"),
+        default="balanced",
+        help="draft: the first stage alone at half size; max: res_2s (default balanced)",
+    )
+    group.add_argument("--stages", type=int, choices=(1, 2, 3), help="number of stages (default 2)")
+    group.add_argument(
+        "--upscale-by", choices=("x2", "x1.5"), default="x2", help="between stages (default x2)"
+    )
+    group.add_argument("--steps", type=int, help="steps of the first stage")
+    group.add_argument(
+        "--sigmas",
+        action="append",
+        help="schedule of a stage, in order: distilled, stage2, ltx:30, linq:8, simple:8, "
+        "beta:8, or numbers such as 0.85,0.725,0.42,0; may be repeated",
+    )
+    group.add_argument("--sampler", action="append", help="sampler of a stage, in order; repeat")
+    group.add_argument("--cfg", metavar="V[:A]", help="guidance of stage 1, picture and sound")
+    group.add_argument("--stg", metavar="V[:A]", help="self-attention guidance of stage 1")
+    group.add_argument("--modality", metavar="V[:A]", help="modality guidance of stage 1")
+    group.add_argument("--rescale", metavar="V[:A]", help="guidance rescale of stage 1, 0 to 1")
+    group.add_argument(
+        "--sound",
+        choices=("refine", "keep", "freeze"),
+        help="what later stages do with the first stage's sound (default by variant)",
+    )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    group.add_argument("-o", "--output", help=".mp4, or a folder for PNG frames (default out.mp4)")
+    group.add_argument("--crf", type=int, default=19, help="H.264 quality, 0 best (default 19)")
+    group.add_argument("--wav", help="also write the sound to this WAV file")
+    group.add_argument("--job", help="run a saved job: a .json file, or a clip made by ltxlite")
+    group.add_argument("--save-job", help="write the job as JSON here before running it")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of activations (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress, no notes")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build the request, run it, print where the clip is."""
+    from ltxlite.cli.jobs import load_job, new_job
+    from ltxlite.cli.show import Terminal
+    from ltxlite.pipeline import generate
+
+    with Terminal(options.quiet) as terminal:
+        request, networks = (load_job if options.job else new_job)(options, terminal.note)
+        if options.save_job:
+            Path(options.save_job).write_text(request.to_json(), encoding="utf-8")
+        result = generate(request, networks, terminal)
+    show_result(request, result, options.json)
+    return 0
+
+
+def show_result(request: "Request", result: "Result", as_json: bool) -> None:
+    """Print where the clip is and the seconds of each part."""
+    from ltxlite.cli.show import print_result
+
+    total = sum(result.seconds.values())
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
+    print_result(
+        f"{result.path}  {request.width}x{request.height}, {result.frames} frames at "
+        f"{request.fps} fps, seed {request.seed}\n{total:.1f} s: {parts}",
+        {
+            "path": str(result.path),
+            "frames": result.frames,
+            "seconds": result.seconds,
+            "seed": request.seed,
+            "device": request.device,
+        },
+        as_json,
+    )

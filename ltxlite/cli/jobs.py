@@ -1,0 +1,298 @@
+"""Turns the flags of `generate` into a request, and reads saved jobs."""
+
+import argparse
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from ltxlite.checkpoint.files import ModelFiles
+from ltxlite.checkpoint.variant import variant_of
+from ltxlite.errors import CheckpointError, RequestError
+from ltxlite.geometry import size_multiple
+from ltxlite.media.container import read_metadata
+from ltxlite.networks import Networks, missing_parts
+from ltxlite.pipeline import JOB_TAG
+from ltxlite.presets import (
+    NEGATIVE_PROMPT,
+    SIZES,
+    Model,
+    needs_distilled_lora,
+    stages_for,
+)
+from ltxlite.catalog import SOURCES
+from ltxlite.request import Files, Output, Request, Stage, parse_fraction
+from ltxlite.sampling.settings import Guidance
+
+Note = Callable[[str], None]
+DEFAULT_FRAMES = 121
+DEFAULT_OUTPUT = "out.mp4"
+ADVISED_TOKENS = 15_000  # of the first stage; beyond 20 000 grids and colour loss (features A3)
+
+
+def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]:
+    """Build a request from flags and the checkpoint's defaults."""
+    if options.prompt is None:
+        raise RequestError('no prompt: say what to see and hear with --prompt "..."')
+    files, strengths = files_of(options)
+    networks = open_networks(files, options.device, options.dtype)
+    model = _model(networks, options.variant, note)
+    stages = _stages(options, model)
+    if needs_distilled_lora(stages, model) and not options.distilled_lora:
+        raise CheckpointError(f"missing: {SOURCES['distilled_lora'].advice()}, or use --stages 1")
+    stages = _with_loras(stages, strengths, bool(options.distilled_lora))
+    width, height, crop = _size(options, stages, networks, note)
+    request = Request(
+        prompt=options.prompt,
+        negative=NEGATIVE_PROMPT if options.negative is None else options.negative,
+        files=files,
+        output=Output(options.output or DEFAULT_OUTPUT, options.crf, crop, options.wav),
+        stages=stages,
+        width=width,
+        height=height,
+        frames=_frames(options, networks, note),
+        fps=options.fps,
+        seed=secrets.randbelow(1 << 32) if options.seed == -1 else options.seed,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    _lint(request, networks, note)
+    return request, networks
+
+
+def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]:
+    """Read a saved job, from JSON or from a clip's own metadata; -o names a new output."""
+    path = Path(options.job)
+    if path.suffix.lower() == ".json":
+        text = path.read_text(encoding="utf-8")
+    else:
+        tags = read_metadata(path)
+        if JOB_TAG not in tags:
+            raise RequestError(f"{path}: holds no ltxlite job; only clips made by ltxlite do")
+        text = tags[JOB_TAG]
+    request = Request.from_json(text, str(path))
+    target = Path(options.output or request.output.path)
+    if target.exists() and path.exists() and target.samefile(path):
+        raise RequestError(f"{path}: the job would overwrite the clip it is read from; use -o")
+    request = replace(request, output=replace(request.output, path=str(target)))
+    note(f"job from {path}: {request.prompt[:60]!r}, seed {request.seed}")
+    return request, open_networks(request.files, request.device, request.dtype)
+
+
+def files_of(options: argparse.Namespace) -> tuple[Files, list[tuple[float, ...]]]:
+    """Return the files that the flags name, and each LoRA's strengths by stage."""
+    if options.model is None:
+        raise RequestError("no --model: name a checkpoint or a folder; try `ltxlite demo` first")
+    loras = [split_lora(text) for text in options.lora]
+    distilled = [options.distilled_lora] if options.distilled_lora else []
+    files = Files(
+        model=options.model,
+        text_encoder=options.text_encoder,
+        vae=options.vae,
+        audio_vae=options.audio_vae,
+        connectors=options.connectors,
+        text_projection=options.text_projection,
+        upscalers=tuple(options.upscaler),
+        loras=(*distilled, *(path for path, _ in loras)),
+    )
+    return files, [strengths for _, strengths in loras]
+
+
+def split_lora(text: str) -> tuple[str, tuple[float, ...]]:
+    """Split PATH:S1,S2 at a last colon that numbers follow (C:\\x.safetensors has none)."""
+    match = re.fullmatch(r"(.+):((?:-?\d*\.?\d+)(?:,-?\d*\.?\d+)*)", text)
+    if match is None:
+        return text, (1.0,)
+    return match[1], tuple(float(number) for number in match[2].split(","))
+
+
+def open_networks(files: Files, device: str, dtype: str) -> Networks:
+    """Open all files of a job, headers only. Raises CheckpointError if one is not usable."""
+    named = (
+        files.text_encoder,
+        files.vae,
+        files.audio_vae,
+        files.connectors,
+        files.text_projection,
+        *files.upscalers,
+        files.model,
+    )
+    opened = ModelFiles.open([Path(path) for path in named if path is not None])
+    for path in files.loras:
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path}: no such LoRA file")
+    chosen = _device(device)
+    return Networks(opened, chosen, _dtype(dtype, chosen))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {name}: torch sees no CUDA GPU here; use --device cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes[name]
+
+
+def _model(networks: Networks, variant: str | None, note: Note) -> Model:
+    found = networks.files.find("transformer")
+    if found is None:
+        raise CheckpointError("missing files:\n  " + "\n  ".join(missing_parts(networks.files)))
+    config = networks.transformer_config()
+    read = variant_of(found)
+    if variant is not None:
+        if read is not None and read[0] != variant:
+            note(f"warning: --variant {variant}, but {found.path.name} says {read[0]} ({read[1]})")
+        chosen = variant
+    elif read is not None:
+        chosen = read[0]
+        note(f"variant: {chosen} (from {read[1]})")
+    else:
+        raise RequestError(
+            f"{found.path.name}: neither header nor name tells dev from distilled, and the wrong "
+            "one gives noise; say --variant dev or --variant distilled"
+        )
+    return Model("dev" if chosen == "dev" else "distilled", config.family, config.layers)
+
+
+def _stages(options: argparse.Namespace, model: Model) -> tuple[Stage, ...]:
+    stages = list(stages_for(model, options.quality, options.stages, options.upscale_by))
+    stages[0] = _guided(stages[0], options, model)
+    if options.steps is not None:
+        stages[0] = replace(stages[0], sigmas=_with_steps(stages[0].sigmas, options.steps))
+    for name, field in (("sigmas", "sigmas"), ("sampler", "sampler")):
+        given = getattr(options, name) or []
+        if len(given) > len(stages):
+            raise RequestError(f"--{name} given {len(given)} times for {len(stages)} stages")
+        for index, value in enumerate(given):
+            stages[index] = replace(stages[index], **{field: value})
+    if options.sound is not None:
+        stages[1:] = [replace(stage, sound=options.sound) for stage in stages[1:]]
+    return tuple(stages)
+
+
+def _with_steps(sigmas: str, steps: int) -> str:
+    # The distilled table is linear-quadratic with 8 steps; other lengths follow the same rule.
+    return f"linq:{steps}" if sigmas == "distilled" else f"ltx:{steps}"
+
+
+def _guided(stage: Stage, options: argparse.Namespace, model: Model) -> Stage:
+    video, audio = {}, {}
+    for name in ("cfg", "stg", "modality", "rescale"):
+        text = getattr(options, name)
+        if text is None:
+            continue
+        first, _, second = text.partition(":")
+        video[name] = _number(name, first)
+        audio[name] = _number(name, second or first)
+    blocks = (model.perturbed_block,)
+    return replace(
+        stage,
+        video=_guidance(stage.video, video, blocks),
+        audio=_guidance(stage.audio, audio, blocks),
+    )
+
+
+def _guidance(base: Guidance, changes: dict[str, float], blocks: tuple[int, ...]) -> Guidance:
+    if changes.get("stg") and not base.stg_blocks:
+        return replace(base, **changes, stg_blocks=blocks)  # type: ignore[arg-type]
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"--{name} {text!r}: wanted a number, or two as 3:7") from None
+
+
+def _with_loras(
+    stages: tuple[Stage, ...], strengths: list[tuple[float, ...]], distilled: bool
+) -> tuple[Stage, ...]:
+    """Give every stage one strength a file: the distilled LoRA's by preset, then the user's."""
+    full = []
+    for number, stage in enumerate(stages):
+        own = tuple(values[min(number, len(values) - 1)] for values in strengths)
+        first = (stage.lora_strength(0),) if distilled else ()
+        full.append(replace(stage, loras=(*first, *own)))
+    return tuple(full)
+
+
+def _size(
+    options: argparse.Namespace, stages: tuple[Stage, ...], networks: Networks, note: Note
+) -> tuple[int, int, tuple[int, int] | None]:
+    width, height, crop = _named_size(options.size)
+    if options.quality == "draft" and options.stages is None:
+        width, height, crop = width // 2, height // 2, None
+    grid = networks.latent_grid()
+    multiple = size_multiple((stage.fraction for stage in stages), grid.space)
+    snapped = grid.snap_size(width, multiple), grid.snap_size(height, multiple)
+    if snapped != (width, height):
+        message = f"{width}x{height}: {len(stages)} stages need multiples of {multiple}"
+        if options.strict:
+            raise RequestError(f"{message}; the nearest is {snapped[0]}x{snapped[1]}")
+        note(f"{message}; using {snapped[0]}x{snapped[1]}")
+        if crop and (crop[0] > snapped[0] or crop[1] > snapped[1]):
+            crop = None
+    return *snapped, crop
+
+
+def _named_size(text: str) -> tuple[int, int, tuple[int, int] | None]:
+    if text in SIZES:
+        return SIZES[text]
+    match = re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", text)
+    if match is None or not all(32 <= int(size) <= 8192 for size in match.groups()):
+        raise RequestError(
+            f"--size {text!r}: wanted WIDTHxHEIGHT, 32 to 8192 each, or {', '.join(SIZES)}"
+        )
+    return int(match[1]), int(match[2]), None
+
+
+def _frames(options: argparse.Namespace, networks: Networks, note: Note) -> int:
+    fps: Fraction = parse_fraction(options.fps, "--fps")
+    grid = networks.latent_grid()
+    if options.seconds is not None:
+        if not 0 < options.seconds <= 3600:
+            raise RequestError(f"--seconds {options.seconds}: wanted more than 0, at most 3600")
+        wanted = max(1, round(options.seconds * float(fps)))
+        # The nearest legal length; a clip may be a sixth of a second off at 24 fps.
+        return grid.snap_frames(wanted + grid.time // 2)
+    frames = DEFAULT_FRAMES if options.frames is None else options.frames
+    snapped = grid.snap_frames(frames)
+    if snapped != frames:
+        message = f"{frames} frames: a clip has {grid.time}n + 1"
+        if options.strict:
+            raise RequestError(f"{message}; the nearest below is {snapped}")
+        note(f"{message}; using {snapped}")
+    return snapped
+
+
+def _lint(request: Request, networks: Networks, note: Note) -> None:
+    grid = networks.latent_grid()
+    first = request.stages[0].fraction
+    tokens = (
+        int(request.width * first / grid.space)
+        * int(request.height * first / grid.space)
+        * grid.latent_frames(request.frames)
+    )
+    if tokens > ADVISED_TOKENS:
+        note(
+            f"warning: the first stage has {tokens} latent places; beyond {ADVISED_TOKENS} "
+            "quality falls (grids, lost colour): smaller, shorter or one stage more helps"
+        )
+    if not request.prompt.strip():
+        note("the prompt is empty: the clip will be whatever the model likes")

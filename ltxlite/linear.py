@@ -1,0 +1,209 @@
+"""Linear layers over quantized blocks and low-rank terms: the one place where quant meets kernels.
+
+A network is written with nn.Linear; these take the place of some of its layers afterwards.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltxlite.errors import ShapeError
+from ltxlite_kernels.dequant import dequantize
+from ltxlite_quant import QuantTensor
+
+# Largest decoded piece of a weight. It fits the second-level cache of an Ada card, and the matmul
+# loses nothing at LTX token counts (kernels/README.md); a whole 16384x4096 bf16 weight is 134 MB.
+SCRATCH_BYTES = 32 << 20
+# Pieces hold whole multiples of this many rows, so that only the last one has ragged matmul tiles.
+ROW_MULTIPLE = 256
+
+
+class QuantLinear(nn.Module):
+    """A Linear whose weight stays quantized; a piece at a time is decoded for the product.
+
+    Buffers: blocks (N, row_bytes) uint8 and bias (N,) or None.  Attributes: format, out_features,
+    in_features.  The weight is decoded to the dtype of the input.
+    """
+
+    blocks: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantTensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ShapeError(f"a linear weight has 2 dimensions (N, K), got {weight.shape}")
+        self.format = weight.format
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ShapeError(
+                f"a bias of {tuple(bias.shape)} does not fit a weight of {weight.shape}"
+            )
+        self.register_buffer("blocks", weight.blocks)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias.  x: (..., K) floating; returns (..., N) in its dtype.
+
+        The decoded weight has the same bits in pieces or whole; the product may differ by its
+        rounding, since matmul libraries choose the order of a sum by N.
+        """
+        pieces = list(row_pieces(self.out_features, self.in_features * x.element_size()))
+        if len(pieces) == 1:
+            return self._product(x, pieces[0])
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for rows in pieces:
+            y[..., rows] = self._product(x, rows)
+        return y
+
+    def decoded(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Return rows of the weight, decoded: (rows, K) in `dtype`."""
+        blocks = self.blocks[rows]
+        return dequantize(blocks, self.format, (len(blocks), self.in_features), dtype)
+
+    def _product(self, x: Tensor, rows: slice) -> Tensor:
+        bias = None if self.bias is None else self.bias[rows].to(x.dtype)
+        return F.linear(x, self.decoded(x.dtype, rows), bias)
+
+    def extra_repr(self) -> str:
+        """Return what print(model) shows."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, format={self.format.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankTerm:
+    """A low-rank addition to a weight: scale * B A.
+
+    a: (r, K).  b: (N, r).  scale: the file's own factor (alpha / r, or 1).  source: the file, for
+    messages.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ShapeError(
+                f"{self.source}: low-rank factors A (r, K) and B (N, r) must share r, "
+                f"got {tuple(self.a.shape)} and {tuple(self.b.shape)}"
+            )
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Raise ShapeError unless B A has the shape of a weight (N, K)."""
+        mine = (self.b.shape[0], self.a.shape[1])
+        if mine != shape:
+            raise ShapeError(
+                f"{self.source}: a low-rank term for a weight of {mine} does not fit one of "
+                f"{shape}; it was made for another model"
+            )
+
+
+class LowRankLinear(nn.Module):
+    """A Linear or QuantLinear plus low-rank terms whose strengths may change between stages.
+
+    The base stays as it is, quantized or not: y = base(x) + sum strength * scale * (x Aᵀ) Bᵀ.
+    `strengths` is a plain list, one number a term; a term of strength 0 costs nothing.
+    """
+
+    def __init__(self, base: nn.Linear | QuantLinear, terms: Sequence[LowRankTerm]) -> None:
+        super().__init__()
+        self.base = base
+        self.strengths = [1.0] * len(terms)
+        self.scales = [term.scale for term in terms]
+        self.sources = [term.source for term in terms]
+        for index, term in enumerate(terms):
+            term.check_fits((base.out_features, base.in_features))
+            self.register_buffer(f"a{index}", term.a.detach())
+            self.register_buffer(f"b{index}", term.b.detach())
+
+    @property
+    def in_features(self) -> int:
+        """K, as in nn.Linear."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N, as in nn.Linear."""
+        return self.base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., N) in x's dtype.  x: (..., K)."""
+        y: Tensor = self.base(x)
+        for index, strength in enumerate(self.strengths):
+            if factor := strength * self.scales[index]:
+                inner = F.linear(x, self.get_buffer(f"a{index}").to(x.dtype))  # (..., r)
+                outer = F.linear(inner, self.get_buffer(f"b{index}").to(x.dtype))  # (..., N)
+                y = y.add(outer, alpha=factor)
+        return y
+
+
+def merged_weight(
+    weight: Tensor,
+    terms: Sequence[LowRankTerm],
+    dtype: torch.dtype,
+    strengths: Sequence[float] | None = None,
+) -> Tensor:
+    """Add low-rank terms to a weight, every step rounded to `dtype`.
+
+    weight: (N, K).  strengths: one a term, 1 by default.  Returns W + sum ((B * strength) @ A).
+    Raises ShapeError if a term does not fit or the strengths are not one a term.
+    Source: LTX-2 400fd31, its bf16 fusion (model.md 6); the deltas of several files are summed
+    before they meet the weight.
+    """
+    strengths = [1.0] * len(terms) if strengths is None else strengths
+    if len(strengths) != len(terms):
+        raise ShapeError(f"{len(terms)} low-rank terms need as many strengths, got {strengths}")
+    if not terms:
+        return weight.to(dtype)
+    for term in terms:
+        term.check_fits(tuple(weight.shape))
+    deltas = [
+        (term.b.to(dtype) * (strength * term.scale)) @ term.a.to(dtype)
+        for term, strength in zip(terms, strengths, strict=True)
+    ]
+    total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(dim=0)
+    return weight.to(dtype) + total
+
+
+def swap_linears(model: nn.Module, names_to_quant: Mapping[str, QuantTensor]) -> None:
+    """Replace nn.Linear modules by QuantLinear modules that hold the given weights.
+
+    names_to_quant: module name (`transformer_blocks.0.attn1.to_q`) to its weight (N, K).  A bias
+    stays what it was, on `meta` too, and is assigned afterwards under its old name.  All names and
+    shapes are checked before the first module changes.  Raises ShapeError naming the module.
+    """
+    modules = dict(model.named_modules())
+    swapped = {
+        name: _quantized(name, modules.get(name), weight) for name, weight in names_to_quant.items()
+    }
+    for name, module in swapped.items():
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, module)
+
+
+def row_pieces(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Cut `rows` rows of `row_bytes` decoded bytes into pieces of at most SCRATCH_BYTES."""
+    fitting = SCRATCH_BYTES // row_bytes
+    step = max(1, fitting // ROW_MULTIPLE * ROW_MULTIPLE or fitting)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _quantized(name: str, module: nn.Module | None, weight: QuantTensor) -> QuantLinear:
+    if not isinstance(module, nn.Linear):
+        found = "no module" if module is None else f"a {type(module).__name__}"
+        raise ShapeError(
+            f"{name}: {weight.format.name} weights belong to a Linear, but the model has {found} "
+            "of that name; dequantize this tensor instead"
+        )
+    if tuple(module.weight.shape) != weight.shape:
+        raise ShapeError(
+            f"{name}: the {weight.format.name} weight is {weight.shape}, the model wants "
+            f"{tuple(module.weight.shape)}; the file is of another model"
+        )
+    return QuantLinear(weight, module.bias)

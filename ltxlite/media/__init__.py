@@ -1,0 +1,1 @@
+"""Files to tensors and back: pictures, sound and clips, through PyAV and Pillow."""

@@ -1,0 +1,274 @@
+"""A transformer block: two streams with their own layers, and the attentions between them.
+
+Source: LTX-2 400fd31, ltx_core/model/transformer/transformer.py; restated in model.md 2.6.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ltxlite.models.layers import (
+    TOKEN_CHUNK,
+    Attention,
+    AttentionShape,
+    FeedForward,
+    KeyValue,
+    TokenRows,
+    add_rows,
+    attention,
+    modulate,
+    rms_norm,
+)
+from ltxlite.models.passes import Pass, RowWeights, Skip, StreamRope
+from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
+
+
+@dataclass(slots=True)
+class StreamState:
+    """A stream on its way through the blocks; `x` (B, T, W) changes, the rest stays."""
+
+    x: Tensor
+    context: Tensor
+    context_bias: Tensor | None
+    rope: StreamRope
+    weights: tuple[RowWeights, ...]
+    enabled: bool
+    modulation: TokenRows  # rows of the block tables
+    embedded: TokenRows  # row of the output head
+    prompt: TokenRows | None  # shift and scale of the prompt's keys and values
+    cross: TokenRows  # scale, shift towards and scale, shift from the other stream
+    gate: TokenRows  # of what comes from the other stream
+
+
+@dataclass(slots=True)
+class PassState:
+    """Everything a pass carries from block to block."""
+
+    given: Pass
+    video: StreamState | None
+    audio: StreamState | None
+    chunk: int = TOKEN_CHUNK
+
+
+class StreamBlock(nn.Module):
+    """One stream's own part of a block.
+
+    Table rows: 0-2 shift, scale, gate of self-attention, 3-5 of feed-forward, 6-8 of text
+    attention (2.3). The cross table orders scale before shift: 0, 1 for audio-to-video, 2, 3 for
+    video-to-audio; its row 4 is the gate of what this stream receives.
+    """
+
+    def __init__(self, stream: StreamConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        width = stream.width
+        self.eps = config.norm_eps
+        shape = AttentionShape(width, width, width, stream.heads, config.gated, config.norm_eps)
+        self.self_attention = Attention(shape)
+        text = AttentionShape(
+            width, stream.context, width, stream.heads, config.gated, config.norm_eps
+        )
+        self.text_attention = Attention(text)
+        self.feed_forward = FeedForward(width, bias=stream.feed_forward_bias)
+        self.table = nn.Parameter(torch.empty(config.table_rows, width))
+        self.cross_table = nn.Parameter(torch.empty(5, width))
+        self.prompt_table = nn.Parameter(torch.empty(2, width)) if config.text_modulation else None
+
+    def attend_self(self, state: StreamState, skip: bool | Tensor, chunk: int) -> None:
+        """Add self-attention; where skipped (STG), its values pass through unmixed."""
+        module, x = self.self_attention, state.x
+        table = state.modulation.plus(self.table, x.dtype)
+
+        def source(rows: slice) -> Tensor:
+            return modulate(rms_norm(x[:, rows], self.eps), table.row(0, rows), table.row(1, rows))
+
+        kv = module.keys_values(source, x.shape[1], state.rope.own, chunk)
+
+        def update(rows: slice) -> Tensor:
+            queries = source(rows)
+            mixed = self._mix(queries, kv, state, rows, skip)
+            return module.output(queries, mixed) * table.row(2, rows)
+
+        state.x = add_rows(x, update, chunk)
+
+    def _mix(
+        self, x: Tensor, kv: KeyValue, state: StreamState, rows: slice, skip: bool | Tensor
+    ) -> Tensor:
+        if skip is True:
+            return kv.value[:, rows]
+        q = self.self_attention.queries(x, state.rope.own, rows)
+        mixed = weighted_attention(q, kv, self.self_attention.heads, state.weights, rows)
+        if isinstance(skip, Tensor):
+            return torch.where(skip.to(x.device)[:, None, None], kv.value[:, rows], mixed)
+        return mixed
+
+    def attend_text(self, state: StreamState, chunk: int) -> None:
+        """Add attention to the prompt, modulated on both sides in 2.3, plain in 2.0."""
+        module, x = self.text_attention, state.x
+        context = self._modulated_context(state)
+        kv = module.keys_values(
+            lambda rows: context[:, rows], context.shape[1], None, context.shape[1]
+        )
+        table = state.modulation.plus(self.table, x.dtype)
+
+        def update(rows: slice) -> Tensor:
+            queries = rms_norm(x[:, rows], self.eps)
+            if self.prompt_table is None:
+                return module(queries, kv, rows=rows, bias=state.context_bias)
+            text = table.modulation(6, rows)
+            queries = modulate(queries, text.shift, text.scale)
+            return module(queries, kv, rows=rows, bias=state.context_bias) * text.gate
+
+        state.x = add_rows(x, update, chunk)
+
+    def _modulated_context(self, state: StreamState) -> Tensor:
+        if self.prompt_table is None:
+            return state.context
+        if state.prompt is None:
+            shift, scale = self.prompt_table.to(state.x.dtype)
+            return modulate(state.context, shift, scale)
+        vectors = state.prompt.plus(self.prompt_table, state.x.dtype)
+        every = slice(None)
+        return modulate(state.context, vectors.row(0, every), vectors.row(1, every))
+
+    def feed(self, state: StreamState, chunk: int) -> None:
+        """Add the feed-forward layer."""
+        x = state.x
+        table = state.modulation.plus(self.table, x.dtype)
+
+        def update(rows: slice) -> Tensor:
+            ff = table.modulation(3, rows)
+            hidden = modulate(rms_norm(x[:, rows], self.eps), ff.shift, ff.scale)
+            return self.feed_forward(hidden) * ff.gate
+
+        state.x = add_rows(x, update, chunk)
+
+    def towards(self, state: StreamState, rows: slice, first: int) -> Tensor:
+        """Return this stream's rows as one side of a cross attention (table rows first, +1)."""
+        table = state.cross.plus(self.cross_table[:4], state.x.dtype)
+        x = rms_norm(state.x[:, rows], self.eps)
+        return modulate(x, table.row(first + 1, rows), table.row(first, rows))
+
+    def received_gate(self, state: StreamState) -> Tensor:
+        """Return the gate (B, 1, W) of what the other stream sends."""
+        return state.gate.plus(self.cross_table[4:], state.x.dtype).row(0, slice(None))
+
+
+def weighted_attention(
+    q: Tensor, kv: KeyValue, heads: int, weights: tuple[RowWeights, ...], rows: slice
+) -> Tensor:
+    """Attend with soft weights: each weight w adds log w to its score, w = 0 hides the key.
+
+    q: (B, t, W), the tokens `rows` of the sequence.  Rows no weight covers attend plainly.
+    """
+    if not weights:
+        return attention(q, kv, heads)
+    out = torch.empty_like(q)
+    first, last = rows.start, rows.start + q.shape[1]
+    edges = {first, last}
+    for item in weights:
+        edges |= {edge for edge in (item.start, item.stop) if first < edge < last}
+    bounds = sorted(edges)
+    for start, stop in itertools.pairwise(bounds):
+        bias = _row_bias(weights, start, stop, q.dtype)
+        local = slice(start - first, stop - first)
+        out[:, local] = attention(q[:, local], kv, heads, bias)
+    return out
+
+
+def _row_bias(
+    weights: tuple[RowWeights, ...], start: int, stop: int, dtype: torch.dtype
+) -> Tensor | None:
+    for item in weights:
+        if item.start <= start and stop <= item.stop:
+            w = item.weights
+            if w.shape[1] > 1:
+                w = w[:, start - item.start : stop - item.start]
+            return w.float().log().clamp(min=torch.finfo(dtype).min).to(dtype)[:, None]
+    return None
+
+
+class Block(nn.Module):
+    """A transformer block: both streams' own layers and the attentions between them."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        video, audio = config.video.width, config.audio.width
+        heads, eps = config.video.heads, config.norm_eps
+        inner, gated = config.cross_width, config.gated
+        self.video = StreamBlock(config.video, config)
+        self.audio = StreamBlock(config.audio, config)
+        self.audio_to_video = Attention(AttentionShape(video, audio, inner, heads, gated, eps))
+        self.video_to_audio = Attention(AttentionShape(audio, video, inner, heads, gated, eps))
+
+    def forward(self, state: PassState, number: int) -> None:
+        """Advance the streams of a pass; `number` is the block's index."""
+        streams = (
+            (self.video, state.video, Skip.VIDEO_SELF),
+            (self.audio, state.audio, Skip.AUDIO_SELF),
+        )
+        for block, stream, skip in streams:
+            if stream is not None and stream.enabled:
+                block.attend_self(stream, state.given.skipped(skip, number), state.chunk)
+                block.attend_text(stream, state.chunk)
+        self.exchange(state, number)
+        for block, stream, _ in streams:
+            if stream is not None and stream.enabled:
+                block.feed(stream, state.chunk)
+
+    def exchange(self, state: PassState, number: int) -> None:
+        """Let each stream attend to the other as both stood before the exchange."""
+        video, audio = state.video, state.audio
+        if video is None or audio is None:
+            return
+        to_video = _samples(state.given.skipped(Skip.AUDIO_TO_VIDEO, number), video)
+        to_audio = _samples(state.given.skipped(Skip.VIDEO_TO_AUDIO, number), audio)
+        heard: Tensor | None = None
+        if to_audio is not None:
+            heard = self._audio_update(video, audio, state.chunk) * to_audio
+        if to_video is not None:
+            self._update_video(video, audio, to_video, state.chunk)
+        if heard is not None:
+            audio.x = audio.x + heard
+
+    def _audio_update(self, video: StreamState, audio: StreamState, chunk: int) -> Tensor:
+        module = self.video_to_audio
+        kv = module.keys_values(
+            lambda rows: self.video.towards(video, rows, 2),
+            video.x.shape[1],
+            video.rope.cross,
+            chunk,
+        )
+        every = slice(0, audio.x.shape[1])
+        queries = self.audio.towards(audio, every, 2)
+        out: Tensor = module(queries, kv, audio.rope.cross, every)
+        return out * self.audio.received_gate(audio)
+
+    def _update_video(
+        self, video: StreamState, audio: StreamState, keep: Tensor | float, chunk: int
+    ) -> None:
+        module = self.audio_to_video
+        kv = module.keys_values(
+            lambda rows: self.audio.towards(audio, rows, 0),
+            audio.x.shape[1],
+            audio.rope.cross,
+            chunk,
+        )
+        gate = self.video.received_gate(video) * keep
+
+        def update(rows: slice) -> Tensor:
+            queries = self.video.towards(video, rows, 0)
+            out: Tensor = module(queries, kv, video.rope.cross, rows)
+            return out * gate
+
+        video.x = add_rows(video.x, update, chunk)
+
+
+def _samples(skipped: bool | Tensor, receiver: StreamState) -> Tensor | float | None:
+    """Factor of what a stream receives: None for nothing, 1, or a mask (B, 1, 1)."""
+    if skipped is True or not receiver.enabled:
+        return None
+    if isinstance(skipped, Tensor):
+        return (~skipped).to(receiver.x)[:, None, None]
+    return 1.0

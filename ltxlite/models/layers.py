@@ -1,0 +1,200 @@
+"""What the transformer, the connectors and Gemma share: norms, attention, feed-forward, chunking.
+
+Everything that works row by row is computed in chunks of tokens, and residuals are added in place,
+so that a block holds about three hidden states (x, keys, values) instead of ten. With gradients
+enabled the same functions run unchunked and out of place.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltxlite.models.rope import Rope
+
+TOKEN_CHUNK = 1024  # rows of a 4096-wide feed-forward then hold 32 MiB in bf16
+
+
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Divide rows (..., C) by their root mean square, then scale by `weight` if there is one."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def chunks(tokens: int, size: int) -> Iterator[slice]:
+    """Cut 0..tokens into slices of at most `size`; a single one while gradients are recorded."""
+    if torch.is_grad_enabled():
+        yield slice(0, tokens)
+        return
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def add_rows(x: Tensor, update: Callable[[slice], Tensor], size: int) -> Tensor:
+    """Return x (B, T, C) plus `update(rows)` for every chunk of rows; in place without gradients.
+
+    An update may read its own rows of x, not others: they may have been overwritten.
+    """
+    if torch.is_grad_enabled():
+        return x + update(slice(0, x.shape[1]))
+    for rows in chunks(x.shape[1], size):
+        x[:, rows] += update(rows)
+    return x
+
+
+def map_rows(function: Callable[[slice], Tensor], tokens: int, size: int) -> Tensor:
+    """Return `function(rows)` (B, t, N) of every chunk, side by side as (B, T, N)."""
+    out: Tensor | None = None
+    for rows in chunks(tokens, size):
+        part = function(rows)
+        if part.shape[1] == tokens:
+            return part
+        if out is None:
+            out = part.new_empty(part.shape[0], tokens, *part.shape[2:])
+        out[:, rows] = part
+    assert out is not None  # tokens > 0 is checked where sequences are made
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """AdaLN vectors for some rows: shift, scale and gate, each (B, t or 1, C)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Vectors held once per distinct timestep and looked up per token.
+
+    rows: (U, n, C).  index: (B, T), or (B, 1) where all tokens of a sample share one timestep.
+    A clip has one to three distinct timesteps; per-token AdaLN of 1920x1088x121 would be 2.3 GiB.
+    """
+
+    rows: Tensor
+    index: Tensor
+
+    def row(self, number: int, tokens: slice) -> Tensor:
+        """Return vector `number` for some tokens: (B, t or 1, C)."""
+        index = self.index if self.index.shape[1] == 1 else self.index[:, tokens]
+        return self.rows[:, number][index]
+
+    def modulation(self, first: int, tokens: slice) -> Modulation:
+        """Return rows first, first+1, first+2 as shift, scale and gate."""
+        return Modulation(*(self.row(first + offset, tokens) for offset in range(3)))
+
+    def plus(self, table: Tensor, dtype: torch.dtype) -> "TokenRows":
+        """Add a learned table (n, C), kept in fp32 in the files, to every row."""
+        return TokenRows((self.rows + table).to(dtype), self.index)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return x * (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """Normalised, rotated keys and plain values of a sequence: (B, S, W) each."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Widths of an attention module: of queries' source, keys' source, inside and out."""
+
+    query: int
+    context: int
+    inner: int
+    heads: int
+    gated: bool
+    eps: float = 1e-6
+
+
+def attention(q: Tensor, kv: KeyValue, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Compute softmax(q kᵀ / √D + bias) v per head.
+
+    q and the result: (B, t, W).  kv: (B, S, W).  bias: additive, broadcast to (B, 1, t, S).
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv.key, kv.value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys and an optional gate per head.
+
+    Queries and keys are normalised over the whole inner width, before the split into heads. The
+    gate, 2·sigmoid of a projection of the query source, doubles or closes each head's output.
+    Source: LTX-2 400fd31, ltx_core/model/transformer/attention.py.
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        self.heads, self.eps = shape.heads, shape.eps
+        self.to_q = nn.Linear(shape.query, shape.inner)
+        self.to_k = nn.Linear(shape.context, shape.inner)
+        self.to_v = nn.Linear(shape.context, shape.inner)
+        self.q_norm = nn.RMSNorm(shape.inner, eps=shape.eps)
+        self.k_norm = nn.RMSNorm(shape.inner, eps=shape.eps)
+        self.to_gate_logits = nn.Linear(shape.query, shape.heads) if shape.gated else None
+        self.to_out = nn.Linear(shape.inner, shape.query)
+
+    def keys_values(
+        self, source: Callable[[slice], Tensor], tokens: int, rope: Rope | None, size: int
+    ) -> KeyValue:
+        """Project a sequence, given chunk by chunk by `source` as (B, t, C), to keys and values."""
+        key: Tensor | None = None
+        for rows in chunks(tokens, size):
+            x = source(rows)
+            k, v = self.k_norm(self.to_k(x)), self.to_v(x)
+            k = rope.rotate(k, rows) if rope else k
+            if k.shape[1] == tokens:
+                return KeyValue(k, v)
+            if key is None:
+                key, value = (k.new_empty(k.shape[0], tokens, k.shape[2]) for _ in range(2))
+            key[:, rows], value[:, rows] = k, v
+        assert key is not None
+        return KeyValue(key, value)
+
+    def queries(self, x: Tensor, rope: Rope | None, rows: slice) -> Tensor:
+        """Project query sources (B, t, C), the tokens `rows` of their sequence, to (B, t, W)."""
+        q: Tensor = self.q_norm(self.to_q(x))
+        return rope.rotate(q, rows) if rope else q
+
+    def output(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Gate the mixed values (B, t, W) by their query sources (B, t, C) and project them out."""
+        if self.to_gate_logits is not None:
+            gates = 2 * torch.sigmoid(self.to_gate_logits(x))
+            mixed = (mixed.unflatten(-1, (self.heads, -1)) * gates[..., None]).flatten(2)
+        out: Tensor = self.to_out(mixed)
+        return out
+
+    def forward(
+        self,
+        x: Tensor,
+        kv: KeyValue,
+        rope: Rope | None = None,
+        rows: slice = slice(None),
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from query sources x (B, t, C) to a prepared sequence; returns (B, t, C)."""
+        return self.output(x, attention(self.queries(x, rope, rows), kv, self.heads, bias))
+
+
+class FeedForward(nn.Module):
+    """Two linears with a tanh-approximated GELU between them; not gated."""
+
+    def __init__(self, width: int, multiple: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, multiple * width, bias=bias)
+        self.down = nn.Linear(multiple * width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, t, C) to (B, t, C)."""
+        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return out

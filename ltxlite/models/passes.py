@@ -1,0 +1,118 @@
+"""What goes into a forward pass of the transformer and what comes out."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from ltxlite.models.rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Timesteps:
+    """Noise levels, held once per distinct value.
+
+    values: (U,) fp32, sigma in [0, 1].  index: (B, T), or (B, 1) for one level a sample.
+    """
+
+    values: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, sigmas: Tensor) -> "Timesteps":
+        """Compress per-token levels (B, T, 1); looks at the values, so it waits for the device."""
+        flat = sigmas[..., 0].float()
+        if bool((flat == flat[:, :1]).all()):
+            flat = flat[:, :1]
+        values, index = flat.unique(return_inverse=True)
+        return cls(values, index)
+
+    def per_token(self) -> Tensor:
+        """Return the levels as (B, T or 1, 1) fp32."""
+        return self.values[self.index][..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class RowWeights:
+    """Self-attention weights of the query rows start..stop-1 on all keys.
+
+    weights: (B or 1, 1 or stop-start, T) in [0, 1]; 1 leaves a key alone, 0 hides it. Rows that
+    share their weights share one row here, so that no T x T matrix is ever needed.
+    """
+
+    start: int
+    stop: int
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRope:
+    """Rotary tables of a stream: for itself and, by time alone, for the other stream."""
+
+    own: Rope
+    cross: Rope
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInput:
+    """One stream's part of a forward pass.
+
+    latent: (B, T, C).  sigma: (B,) the stream's noise level, 0 when it is given, not generated.
+    timesteps: its tokens' levels.  positions: (B or 1, A, T, 2) bounds in seconds and pixels.
+    context: (B, S, W) prompt.  context_mask: (B, S), 1 = attend.  weights: soft self-attention.
+    enabled: False keeps the stream as it is; the other one still sees it.
+    rope: tables already built for these positions (`Transformer.rope`).
+    """
+
+    latent: Tensor
+    sigma: Tensor
+    timesteps: Timesteps
+    positions: Tensor
+    context: Tensor
+    context_mask: Tensor | None = None
+    weights: tuple[RowWeights, ...] = ()
+    enabled: bool = True
+    rope: StreamRope | None = None
+
+
+class Skip(StrEnum):
+    """Attention that a perturbed pass leaves out."""
+
+    VIDEO_SELF = "video_self"
+    AUDIO_SELF = "audio_self"
+    AUDIO_TO_VIDEO = "audio_to_video"
+    VIDEO_TO_AUDIO = "video_to_audio"
+
+
+@dataclass(frozen=True, slots=True)
+class Perturbation:
+    """What one sample leaves out: kinds of attention and their blocks (None: all blocks)."""
+
+    skips: tuple[tuple[Skip, frozenset[int] | None], ...] = ()
+
+    def active(self, skip: Skip, block: int) -> bool:
+        """Tell whether `skip` applies in block number `block`."""
+        return any(kind is skip and (at is None or block in at) for kind, at in self.skips)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass: either stream may be absent; perturbations are one per sample or none."""
+
+    video: StreamInput | None
+    audio: StreamInput | None
+    perturbations: tuple[Perturbation, ...] = ()
+
+    def skipped(self, skip: Skip, block: int) -> bool | Tensor:
+        """Tell which samples skip: all (True), none (False) or a mask (B,) on the CPU."""
+        active = [perturbation.active(skip, block) for perturbation in self.perturbations]
+        return all(active) and bool(active) if len(set(active)) < 2 else torch.tensor(active)
+
+
+@dataclass(frozen=True, slots=True)
+class Velocity:
+    """Predicted velocities (B, T, C) in fp32; None for an absent stream."""
+
+    video: Tensor | None
+    audio: Tensor | None

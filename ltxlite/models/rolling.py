@@ -1,0 +1,241 @@
+"""Runs the video VAE along time: frames come out as they are decoded, in memory that clip length
+does not change.
+
+Every layer works place by place or on three neighbouring frames. So each convolution keeps the last
+two frames it saw, and the clip passes through in groups of frames: the result is that of one pass
+over the whole clip. A decoder convolution waits for the frame after; the end of the clip is told
+from layer to layer, and each then repeats its last frame. No tiles, no seams, nothing twice.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ltxlite.errors import ShapeError
+from ltxlite.models.video_vae import (
+    CausalConv3d,
+    DepthToSpaceUpsample,
+    ResnetBlock,
+    ResnetRun,
+    SpaceToDepthDownsample,
+    VideoDecoder,
+    VideoEncoder,
+    activate,
+    unpatchify,
+)
+
+GROUP_BYTES = 64 << 20  # two frames at the finest level of 1920x1088 in bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive frames (B, f, C, Y, X), f > 0, and whether they are the clip's last ones."""
+
+    frames: Tensor
+    last: bool
+
+
+def decode_frames(
+    decoder: VideoDecoder, latent: Tensor, group_bytes: int = GROUP_BYTES
+) -> Iterator[Tensor]:
+    """Decode a clip a few frames at a time, exactly.
+
+    latent: normalised, (B, C, F', Y, X).  Yields (B, 3, f, 32 Y, 32 X), unclamped, in order;
+    side by side they are `decoder(latent)` up to rounding.
+    group_bytes: the size that no activation of a group should exceed; one frame is the least.
+    Raises ShapeError for another layout.
+    """
+    decoder.prepare(latent[:, :, :1])
+    return _decode(decoder, latent, group_bytes)
+
+
+@torch.no_grad()
+def _decode(decoder: VideoDecoder, latent: Tensor, group_bytes: int) -> Iterator[Tensor]:
+    rolling = _Rolling(iter([Group(latent.transpose(1, 2), last=True)]), group_bytes)
+    rolling.step(_Convolution(decoder.conv_in, lambda x: decoder.prepare(x.transpose(1, 2))))
+    for block in decoder.up_blocks:
+        rolling.block(block)
+    rolling.step(_Convolution(decoder.conv_out, activate))
+    for group in rolling.groups:
+        yield unpatchify(group.frames, decoder.config.patch)
+
+
+@torch.no_grad()
+def encode_frames(
+    encoder: VideoEncoder, frames: Iterable[Tensor], group_bytes: int = GROUP_BYTES
+) -> Tensor:
+    """Encode a clip that arrives a few frames at a time, exactly.
+
+    frames: pixels (B, 3, f, H, W) in [-1, 1], on the device of the encoder, f as it comes.
+    Returns the normalised latent (B, C, F', H/32, W/32) of all of them, up to rounding
+    `encoder(pixels)`; frames after the last 8 n + 1 are left out.
+    Raises ShapeError for another layout, or without any frame.
+    """
+    # The encoder only looks back: incomplete ends stay inside and no layer needs to know `last`.
+    patches = (Group(encoder.prepare(pixels), last=False) for pixels in frames)
+    rolling = _Rolling(patches, group_bytes)
+    rolling.step(_Convolution(encoder.conv_in))
+    for block in encoder.down_blocks:
+        rolling.block(block)
+    rolling.step(_Convolution(encoder.conv_out, activate))
+    latents = [encoder.finish(group.frames) for group in rolling.groups]
+    if not latents:
+        raise ShapeError("encode_frames: got no frame, wanted at least one")
+    return torch.cat(latents, dim=2)
+
+
+class _Rolling:
+    """Groups of frames on their way through layer after layer, computed as they are asked for.
+
+    Only `map`, `filter` and `chain` stand between layers, and none of them keeps a group that it
+    has passed on, so that what lives is the frames in the layers' memories and one layer's work.
+    """
+
+    def __init__(self, groups: Iterator[Group], group_bytes: int) -> None:
+        self.groups, self.group_bytes = groups, group_bytes
+
+    def step(self, step: "_Step") -> None:
+        """Add one layer."""
+        cut = partial(_cut, conv=step.conv, group_bytes=self.group_bytes)
+        cuts = itertools.chain.from_iterable(map(cut, self.groups))
+        self.groups = filter(None, map(step, cuts))
+
+    def block(self, block: nn.Module) -> None:
+        """Add a block of the encoder or the decoder."""
+        match block:
+            case ResnetRun():
+                for resnet in block.res_blocks:
+                    assert isinstance(resnet, ResnetBlock)
+                    self.step(_Resnet(resnet))
+            case DepthToSpaceUpsample():
+                self.step(_Upsample(block))
+            case SpaceToDepthDownsample():
+                self.step(_Downsample(block))
+            case _:
+                raise AssertionError(type(block))
+
+
+def _cut(group: Group, conv: CausalConv3d, group_bytes: int) -> Iterator[Group]:
+    """Cut a group so that each part is within bounds before and after the convolution.
+
+    The clip's last group needs it most: every layer that it passes adds the frame it still owed.
+    """
+    batch, frames, _, rows, columns = group.frames.shape
+    weight = conv.conv.weight
+    frame_bytes = batch * max(weight.shape[:2]) * rows * columns * weight.element_size()
+    count = math.ceil(frames / max(1, group_bytes // frame_bytes))
+    cuts = group.frames.chunk(count, dim=1)
+    parts = [Group(part, group.last and part is cuts[-1]) for part in cuts]
+    # Popped, not iterated over: a list's iterator keeps every part until the list is exhausted.
+    stack: list[Group | None] = [None, *reversed(parts)]
+    return iter(stack.pop, None)
+
+
+class _Memory:
+    """The last two frames that a convolution has seen, and what it sees beyond the clip."""
+
+    def __init__(self, conv: CausalConv3d) -> None:
+        self.before, self.after = conv.before, conv.after
+        self.frames: Tensor | None = None
+
+    def window(self, group: Group) -> Tensor:
+        """Return the group after the frames kept, with the clip's ends repeated as needed."""
+        x = group.frames
+        past = [x[:, :1]] * self.before if self.frames is None else [self.frames]
+        future = [x[:, -1:]] * self.after if group.last else []
+        window = torch.cat([*past, x, *future], dim=1)
+        # A copy: a view of two frames would keep the whole window alive.
+        self.frames = None if group.last else window[:, -2:].clone()
+        return window
+
+
+class _Step:
+    """One layer on its way through the clip; subclasses say what a call does.
+
+    A call takes the next group and returns what is ready: None as long as that is nothing.
+    """
+
+    def __init__(self, conv: CausalConv3d) -> None:
+        self.conv, self.memory = conv, _Memory(conv)
+
+    def __call__(self, group: Group) -> Group | None:
+        raise NotImplementedError
+
+
+class _Convolution(_Step):
+    """Prepares frames one by one, then convolves them."""
+
+    def __init__(
+        self, conv: CausalConv3d, prepare: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__(conv)
+        self.prepare = prepare
+
+    def __call__(self, group: Group) -> Group | None:
+        if self.prepare:
+            group = Group(self.prepare(group.frames), group.last)
+        window = self.memory.window(group)
+        return Group(self.conv.window(window), group.last) if window.shape[1] > 2 else None
+
+
+class _Resnet(_Step):
+    """Runs a residual block; the frames kept for its first convolution serve the skip as well."""
+
+    def __init__(self, block: ResnetBlock) -> None:
+        super().__init__(block.conv1)
+        self.block, self.hidden = block, _Memory(block.conv2)
+
+    def __call__(self, group: Group) -> Group | None:
+        window = self.memory.window(group)
+        if window.shape[1] < 3:
+            return None
+        # Two frames are activated once more each time; keeping them would need 1.5x the memory.
+        hidden = activate(self.block.conv1.window(activate(window)))
+        hidden = self.hidden.window(Group(hidden, group.last))
+        if hidden.shape[1] < 3:
+            return None
+        out = self.block.conv2.window(hidden)
+        # Each convolution lags `after` frames behind, and the clip's end fills one lag up.
+        end = window.shape[1] - self.memory.after * (1 if group.last else 2)
+        return Group(out.add_(window[:, end - out.shape[1] : end]), group.last)
+
+
+class _Upsample(_Step):
+    """Upsamples a group, dropping the clip's first frame where time doubles."""
+
+    def __init__(self, block: DepthToSpaceUpsample) -> None:
+        super().__init__(block.conv)
+        self.block = block
+        self.surplus = block.stride[0] - 1
+
+    def __call__(self, group: Group) -> Group | None:
+        window = self.memory.window(group)
+        if window.shape[1] < 3:
+            return None
+        frames = self.block.unfold(window)[:, self.surplus :]
+        self.surplus = 0
+        return Group(frames, group.last)
+
+
+class _Downsample(_Step):
+    """Downsamples a group, in pairs of frames where time halves: the clip's first frame twice."""
+
+    def __init__(self, block: SpaceToDepthDownsample) -> None:
+        super().__init__(block.conv)
+        self.block = block
+        self.odd: Tensor | None = None
+
+    def __call__(self, group: Group) -> Group | None:
+        x = group.frames
+        if self.block.stride[0] == 2:
+            x = torch.cat([x[:, :1] if self.odd is None else self.odd, x], dim=1)
+            even = x.shape[1] // 2 * 2
+            self.odd, x = x[:, even:].clone(), x[:, :even]
+        if x.shape[1] == 0:
+            return None
+        return Group(self.block.fold(self.memory.window(Group(x, group.last))), group.last)

@@ -1,0 +1,235 @@
+"""The audio-video diffusion transformer of LTX-2.0 and 2.3.
+
+Two residual streams, picture and sound, go through the same kind of block: self-attention,
+attention to the prompt, then each looks at the other, then feed-forward. Every step is modulated
+by AdaLN rows that depend on the noise level of the token (and, across streams, of the other one).
+Source: LTX-2 400fd31, ltx_core/model/transformer; restated in model.md 2.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltxlite.geometry import midpoints
+from ltxlite.models.block import Block, PassState, StreamState
+from ltxlite.models.layers import TOKEN_CHUNK, TokenRows, map_rows, modulate
+from ltxlite.models.passes import Pass, StreamInput, StreamRope, Timesteps, Velocity
+from ltxlite.models.rope import RopeSpec, rope_table
+from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
+
+
+class AdaLN(nn.Module):
+    """Maps a noise level to `rows` modulation vectors and to its embedding."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.linear_1 = nn.Linear(256, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.linear = nn.Linear(width, rows * width)
+
+    def forward(self, scaled: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Map scaled levels (U,) fp32 to rows (U, rows, W) and embeddings (U, 1, W) in `dtype`."""
+        waves = timestep_waves(scaled).to(dtype)
+        embedded = self.linear_2(F.silu(self.linear_1(waves)))
+        rows = self.linear(F.silu(embedded)).unflatten(-1, (self.rows, -1))
+        return rows, embedded[:, None]
+
+
+def timestep_waves(scaled: Tensor) -> Tensor:
+    """Return 128 cosines, then 128 sines of scaled levels (U,): (U, 256) fp32."""
+    exponents = torch.arange(128, dtype=torch.float32, device=scaled.device)
+    frequencies = torch.exp(-math.log(10000.0) * exponents / 128)
+    angles = scaled.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class CaptionProjection(nn.Module):
+    """Projects the prompt inside the transformer (2.0 only)."""
+
+    def __init__(self, captions: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(captions, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Map (B, S, captions) to (B, S, W)."""
+        out: Tensor = self.linear_2(F.gelu(self.linear_1(context), approximate="tanh"))
+        return out
+
+
+class StreamEnds(nn.Module):
+    """What stands before and behind the blocks of one stream."""
+
+    def __init__(self, stream: StreamConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        width = stream.width
+        self.eps = config.norm_eps
+        self.embed = nn.Linear(stream.channels, width)
+        self.adaln = AdaLN(width, config.table_rows)
+        self.prompt_adaln = AdaLN(width, 2) if config.prompt_adaln else None
+        self.cross_adaln = AdaLN(width, 4)
+        self.gate_adaln = AdaLN(width, 1)
+        captions = config.caption_channels
+        self.caption = CaptionProjection(captions, width) if captions else None
+        self.table = nn.Parameter(torch.empty(2, width))
+        self.head = nn.Linear(width, stream.out_channels)
+
+    def output(self, state: StreamState, chunk: int) -> Tensor:
+        """Read the velocity (B, T, C) fp32 off the final state."""
+        vectors = state.embedded.plus(self.table, state.x.dtype)
+
+        def rows(tokens: slice) -> Tensor:
+            x = F.layer_norm(state.x[:, tokens], state.x.shape[-1:], eps=self.eps)
+            shift, scale = vectors.row(0, tokens), vectors.row(1, tokens)
+            out: Tensor = self.head(modulate(x, shift, scale))
+            return out.float()
+
+        return map_rows(rows, state.x.shape[1], chunk)
+
+
+class Transformer(nn.Module):
+    """The network: ends of both streams and the blocks between them."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.chunk = TOKEN_CHUNK
+        self.video = StreamEnds(config.video, config)
+        self.audio = StreamEnds(config.audio, config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype activations are computed in: that of a norm, which is never quantized."""
+        return self.blocks[0].video.self_attention.q_norm.weight.dtype
+
+    def forward(self, given: Pass) -> Velocity:
+        """Predict the velocities of one pass.
+
+        Raises nothing of its own: shapes are made by `conditioning`.
+        """
+        return self.run([given])[0]
+
+    def run(self, passes: Sequence[Pass]) -> list[Velocity]:
+        """Predict several passes block by block, so that each block is needed only once."""
+        states = [self.begin(given) for given in passes]
+        for number, block in enumerate(self.blocks):
+            for state in states:
+                block(state, number)
+        return [self.finish(state) for state in states]
+
+    def begin(self, given: Pass) -> PassState:
+        """Embed latents, noise levels and prompts."""
+        video = audio = None
+        if given.video is not None:
+            video = self._stream(self.video, given.video, given.audio, sound=False)
+        if given.audio is not None:
+            audio = self._stream(self.audio, given.audio, given.video, sound=True)
+        return PassState(given, video, audio, self.chunk)
+
+    def finish(self, state: PassState) -> Velocity:
+        """Project the final states to velocities."""
+        video = None if state.video is None else self.video.output(state.video, state.chunk)
+        audio = None if state.audio is None else self.audio.output(state.audio, state.chunk)
+        return Velocity(video, audio)
+
+    def rope(self, positions: Tensor, sound: bool) -> StreamRope:
+        """Build a stream's rotary tables from its positions (B, A, T, 2); reusable over steps."""
+        config = self.config
+        stream = config.audio if sound else config.video
+        limit = max(config.video.max_positions[0], config.audio.max_positions[0])
+        own = self._rope_spec(stream.width, stream.max_positions)
+        cross = self._rope_spec(config.cross_width, (limit,))
+        middle = midpoints(positions)
+        return StreamRope(rope_table(middle, own), rope_table(middle[:, :1], cross))
+
+    def _rope_spec(self, width: int, limits: tuple[int, ...]) -> RopeSpec:
+        config = self.config
+        layout, float64 = config.rope_layout, config.rope_float64
+        return RopeSpec(width, config.video.heads, limits, config.theta, layout, float64)
+
+    def _stream(
+        self, ends: StreamEnds, given: StreamInput, other: StreamInput | None, sound: bool
+    ) -> StreamState:
+        dtype = self.dtype
+        levels = given.timesteps
+        sigma = _per_sample(given.sigma)
+        other_sigma = sigma if other is None else _per_sample(other.sigma)
+        context = given.context.to(dtype)
+        rows, embedded = ends.adaln(levels.values * self.config.timestep_scale, dtype)
+        own = self.config.cross_modulation == "own" or other is None
+        prompt = None
+        if ends.prompt_adaln is not None:
+            prompt = self._rows(ends.prompt_adaln, sigma, self.config.timestep_scale)
+        return StreamState(
+            x=ends.embed(given.latent.to(dtype)),
+            context=ends.caption(context) if ends.caption is not None else context,
+            context_bias=_mask_bias(given.context_mask, dtype),
+            rope=given.rope or self.rope(given.positions, sound),
+            weights=given.weights,
+            enabled=given.enabled,
+            modulation=TokenRows(rows, levels.index),
+            embedded=TokenRows(embedded, levels.index),
+            prompt=prompt,
+            cross=self._rows(
+                ends.cross_adaln, levels if own else other_sigma, self.config.timestep_scale
+            ),
+            gate=self._rows(ends.gate_adaln, other_sigma, self.config.gate_scale),
+        )
+
+    def _rows(self, module: AdaLN, levels: Timesteps, scale: float) -> TokenRows:
+        return TokenRows(module(levels.values * scale, self.dtype)[0], levels.index)
+
+
+def _per_sample(sigma: Tensor) -> Timesteps:
+    return Timesteps(sigma.float(), torch.arange(len(sigma), device=sigma.device)[:, None])
+
+
+def _mask_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Turn a text mask (B, S), 1 = attend, into an additive bias (B, 1, 1, S)."""
+    if mask is None:
+        return None
+    return ((1 - mask.to(dtype)) * torch.finfo(dtype).min)[:, None, None]
+
+
+RENAMES = (
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.attn1\.", ".video.self_attention."),
+    (r"\.attn2\.", ".video.text_attention."),
+    (r"\.audio_attn1\.", ".audio.self_attention."),
+    (r"\.audio_attn2\.", ".audio.text_attention."),
+    (r"\.audio_ff\.", ".audio.feed_forward."),
+    (r"\.ff\.", ".video.feed_forward."),
+    (r"\.net\.0\.proj\.", ".up."),
+    (r"\.net\.2\.", ".down."),
+    (r"\.audio_to_video_attn\.", ".audio_to_video."),
+    (r"\.video_to_audio_attn\.", ".video_to_audio."),
+    (r"\.to_out\.0\.", ".to_out."),
+    (r"\.scale_shift_table_a2v_ca_(video|audio)$", r".\1.cross_table"),
+    (r"\.audio_prompt_scale_shift_table$", ".audio.prompt_table"),
+    (r"\.prompt_scale_shift_table$", ".video.prompt_table"),
+    (r"\.audio_scale_shift_table$", ".audio.table"),
+    (r"\.scale_shift_table$", ".video.table"),
+    (r"\.emb\.timestep_embedder\.", "."),
+    (r"^av_ca_(video|audio)_scale_shift_adaln_single\.", r"\1.cross_adaln."),
+    (r"^av_ca_a2v_gate_adaln_single\.", "video.gate_adaln."),
+    (r"^av_ca_v2a_gate_adaln_single\.", "audio.gate_adaln."),
+    (r"^audio_prompt_adaln_single\.", "audio.prompt_adaln."),
+    (r"^prompt_adaln_single\.", "video.prompt_adaln."),
+    (r"^audio_adaln_single\.", "audio.adaln."),
+    (r"^adaln_single\.", "video.adaln."),
+    (r"^audio_patchify_proj\.", "audio.embed."),
+    (r"^patchify_proj\.", "video.embed."),
+    (r"^audio_proj_out\.", "audio.head."),
+    (r"^proj_out\.", "video.head."),
+    (r"^audio_caption_projection\.", "audio.caption."),
+    (r"^caption_projection\.", "video.caption."),
+    (r"^audio_scale_shift_table$", "audio.table"),
+    (r"^scale_shift_table$", "video.table"),
+)
+IGNORED: tuple[str, ...] = ()
+FLOAT32 = (r"table$",)  # fp32 in every release file; added to AdaLN rows in fp32

@@ -1,0 +1,366 @@
+"""Builds each network from the user's files. With `pipeline`, the only file that knows them all."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from ltxlite_quant.tensor import QuantTensor
+from torch import Tensor, nn
+
+from ltxlite.catalog import SOURCES
+from ltxlite.checkpoint.assemble import LoadReport, Naming, assemble
+from ltxlite.checkpoint.config import parse_json
+from ltxlite.checkpoint.files import ModelFiles, OpenModel, StoredTensor, read_json
+from ltxlite.errors import CheckpointError
+from ltxlite.geometry import AudioGrid, LatentGrid
+from ltxlite.models import (
+    audio_vae,
+    connector,
+    gemma,
+    mel,
+    text_projection,
+    transformer,
+    upscaler,
+    video_vae,
+    vocoder,
+)
+from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
+from ltxlite.models.connector import Connector, ConnectorConfig
+from ltxlite.models.gemma import Gemma
+from ltxlite.models.gemma_config import GemmaConfig
+from ltxlite.models.settings import Settings
+from ltxlite.models.text_projection import TextProjection, TextProjectionConfig
+from ltxlite.models.tokenizer import Tokenizer, check_vocabulary, find_tokenizer
+from ltxlite.models.transformer import Transformer
+from ltxlite.models.transformer_config import TransformerConfig
+from ltxlite.models.upscaler import LatentUpscaler, UpscalerConfig
+from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
+from ltxlite.models.video_vae_config import VideoVAEConfig
+from ltxlite.models.vocoder import VocoderConfig, build_vocoder
+
+Module = TypeVar("Module", bound=nn.Module)
+
+NAMINGS = {
+    "transformer": Naming(transformer.RENAMES, transformer.IGNORED, transformer.FLOAT32),
+    "video_connector": Naming(connector.RENAMES, connector.IGNORED),
+    "audio_connector": Naming(connector.RENAMES, connector.IGNORED),
+    "text_projection": Naming(text_projection.RENAMES, text_projection.IGNORED),
+    "text_encoder": Naming(gemma.RENAMES, gemma.IGNORED, gemma.FLOAT32),
+    "video_encoder": Naming(video_vae.RENAMES, video_vae.ENCODER_IGNORED),
+    "video_decoder": Naming(video_vae.RENAMES, video_vae.DECODER_IGNORED),
+    "audio_encoder": Naming(audio_vae.RENAMES, audio_vae.IGNORED),
+    "audio_decoder": Naming(audio_vae.RENAMES, audio_vae.IGNORED),
+    "vocoder": Naming(vocoder.RENAMES, vocoder.IGNORED),
+    "upscaler": Naming(upscaler.RENAMES, upscaler.IGNORED),
+}
+
+# What a run from prompt to clip needs, in the order in which it is reported missing.
+NEEDED = (
+    "transformer",
+    "video_connector",
+    "audio_connector",
+    "text_projection",
+    "text_encoder",
+    "video_decoder",
+    "audio_decoder",
+    "vocoder",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A line of the load report: which network came from which file, stored how."""
+
+    component: str
+    path: Path
+    report: LoadReport
+    config_source: str
+
+    def line(self) -> str:
+        """Return the report as text."""
+        stored = ", ".join(
+            f"{name}: {count} tensors, {self.report.nbytes[name] / 1e9:.3g} GB"
+            for name, count in sorted(self.report.tensors.items())
+        )
+        ignored = f"; {len(self.report.ignored)} unused" if self.report.ignored else ""
+        return (
+            f"{self.component} from {self.path} ({stored}{ignored}), config: {self.config_source}"
+        )
+
+
+class Networks:
+    """Builds networks on one device in one dtype; keeps none of them."""
+
+    def __init__(self, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> None:
+        self.files, self.device, self.dtype = files, device, dtype
+        self.loaded: list[Loaded] = []
+
+    def naming(self, component: str) -> Naming:
+        """Return how a network's checkpoint names become module names."""
+        return NAMINGS[component]
+
+    # Configurations: read from headers, no data touched.
+
+    def transformer_config(self) -> TransformerConfig:
+        """Return the transformer's hyper-parameters, from JSON or, without any, from shapes."""
+        settings = self._settings("transformer", "transformer")
+        if settings is None:
+            return TransformerConfig.from_shapes(self._shapes("transformer"))
+        return TransformerConfig.from_settings(settings)
+
+    def connector_config(self, sound: bool) -> ConnectorConfig:
+        """Return the hyper-parameters of the video or the audio connector."""
+        component = "audio_connector" if sound else "video_connector"
+        settings = self._settings(component, "transformer")
+        if settings is None:
+            return ConnectorConfig.from_shapes(self._shapes(component))
+        return ConnectorConfig.from_settings(settings, sound)
+
+    def video_config(self) -> VideoVAEConfig:
+        """Return the video VAE's hyper-parameters; without JSON, those of its family."""
+        component = "video_decoder" if self.files.find("video_decoder") else "video_encoder"
+        settings = self._settings(component, "vae")
+        if settings is None:
+            return VideoVAEConfig.released(self.transformer_config().family)
+        return VideoVAEConfig.from_settings(settings)
+
+    def audio_config(self) -> AudioVAEConfig:
+        """Return the audio VAE's hyper-parameters; the same for every release without JSON."""
+        component = "audio_decoder" if self.files.find("audio_decoder") else "audio_encoder"
+        settings = self._settings(component, "audio_vae")
+        return AudioVAEConfig() if settings is None else AudioVAEConfig.from_settings(settings)
+
+    def vocoder_config(self) -> VocoderConfig:
+        """Return the vocoder's hyper-parameters; without JSON, those its tensor names stand for."""
+        settings = self._settings("vocoder", "vocoder")
+        if settings is not None:
+            return VocoderConfig.from_settings(settings)
+        nested = any(name.startswith("vocoder.") for name in self._shapes("vocoder"))
+        return VocoderConfig.released("2.3" if nested else "2.0")
+
+    def gemma_config(self) -> GemmaConfig:
+        """Return the text encoder's hyper-parameters."""
+        model = self._need("text_encoder")
+        settings, _ = self._gemma_settings(model)
+        if settings is None:
+            return GemmaConfig.from_shapes(self._shapes("text_encoder"))
+        return GemmaConfig.from_settings(settings)
+
+    def latent_grid(self) -> LatentGrid:
+        """Return how pixels scale to video latents."""
+        return self.video_config().grid
+
+    def audio_grid(self) -> AudioGrid:
+        """Return how samples scale to audio latents."""
+        return AudioGrid(mel.SAMPLE_RATE, mel.HOP, self.audio_config().downscale)
+
+    def audio_bins(self) -> int:
+        """Return the frequency bins of an audio latent frame."""
+        return self.audio_config().latent_bins
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation (C,) of video latents, fp32, without the VAE."""
+        model = self.files.find("video_decoder") or self._need("video_encoder")
+        stored = model.named("video_decoder")
+        names = ("mean-of-means", "std-of-means")
+        pair = [stored[f"per_channel_statistics.{name}"].load() for name in names]
+        mean, std = (_plain(value).float().to(self.device) for value in pair)
+        return mean, std
+
+    def upscaler_kind(self, model: OpenModel) -> str:
+        """Return what an upscaler among the files does: "x2", "x1.5", "temporal x2"."""
+        return upscaler_config(model).kind
+
+    def check_families(self) -> None:
+        """Raise CheckpointError where parts are of different generations or do not fit together.
+
+        2.0 and 2.3 share most shapes; mixed, they run and give noise.
+        """
+        config = self.transformer_config()
+        for component, family in self._families().items():
+            if family != config.family:
+                raise CheckpointError(
+                    f"{self._need(component).path}: its {component} is LTX-{family}'s, the "
+                    f"transformer is LTX-{config.family}'s; take it from the same release"
+                )
+        channels = self.video_config().latent_channels
+        if channels != config.video.channels:
+            raise CheckpointError(
+                f"{self._need('video_decoder').path}: latents of {channels} channels, the "
+                f"transformer makes {config.video.channels}; wrong video VAE"
+            )
+        audio = self.audio_config().latent_channels * self.audio_bins()
+        if audio != config.audio.channels:
+            raise CheckpointError(
+                f"{self._need('audio_decoder').path}: {audio} values a latent frame, the "
+                f"transformer makes {config.audio.channels}; wrong audio VAE"
+            )
+
+    def _families(self) -> dict[str, str]:
+        """Return the generation of each part whose tensors tell it."""
+        projection = self._shapes("text_projection")
+        shared = "aggregate_embed.weight" in projection
+        nested = any(name.startswith("vocoder.") for name in self._shapes("vocoder"))
+        registers = self._shapes("video_connector")
+        gated = any(name.endswith("to_gate_logits.weight") for name in registers)
+        return {
+            "text_projection": "2.0" if shared else "2.3",
+            "video_connector": "2.3" if gated else "2.0",
+            "vocoder": "2.3" if nested else "2.0",
+        }
+
+    # Networks: loaded when called; the caller decides how long they live.
+
+    def transformer(self) -> Transformer:
+        """Load the transformer."""
+        config = self.transformer_config()
+        return self._load("transformer", lambda: Transformer(config))
+
+    def video_connector(self) -> Connector:
+        """Load the connector of the picture stream."""
+        config = self.connector_config(sound=False)
+        return self._load("video_connector", lambda: Connector(config))
+
+    def audio_connector(self) -> Connector:
+        """Load the connector of the sound stream."""
+        config = self.connector_config(sound=True)
+        return self._load("audio_connector", lambda: Connector(config))
+
+    def text_projection(self, encoder: GemmaConfig | None = None) -> TextProjection:
+        """Load the projection of Gemma's states; `encoder` defaults to the one among the files."""
+        shapes = self._shapes("text_projection")
+        config = TextProjectionConfig.from_shapes(shapes, encoder or self.gemma_config())
+        return self._load("text_projection", lambda: TextProjection(config))
+
+    def gemma(self) -> Gemma:
+        """Load the text encoder."""
+        config = self.gemma_config()
+        return self._load("text_encoder", lambda: Gemma(config))
+
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer that came with the text encoder."""
+        model = self._need("text_encoder")
+        embedded = model.tensors.get("spiece_model")
+        if embedded is None:
+            tokenizer = find_tokenizer(model.path if model.path.is_dir() else model.path.parent)
+        else:
+            tokenizer = Tokenizer.from_sentencepiece(_bytes(embedded), str(model.path))
+        check_vocabulary(tokenizer, self.gemma_config().vocabulary)
+        return tokenizer
+
+    def video_encoder(self) -> VideoEncoder:
+        """Load the encoder half of the video VAE."""
+        config = self.video_config()
+        return self._load("video_encoder", lambda: VideoEncoder(config))
+
+    def video_decoder(self) -> VideoDecoder:
+        """Load the decoder half of the video VAE."""
+        config = self.video_config()
+        return self._load("video_decoder", lambda: VideoDecoder(config))
+
+    def audio_encoder(self) -> AudioEncoder:
+        """Load the encoder half of the audio VAE."""
+        config = self.audio_config()
+        return self._load("audio_encoder", lambda: AudioEncoder(config))
+
+    def audio_decoder(self) -> AudioDecoder:
+        """Load the decoder half of the audio VAE."""
+        config = self.audio_config()
+        return self._load("audio_decoder", lambda: AudioDecoder(config))
+
+    def vocoder(self) -> nn.Module:
+        """Load the vocoder, always in fp32: bf16 arithmetic is audible in it."""
+        config = self.vocoder_config()
+        return self._load("vocoder", lambda: build_vocoder(config), torch.float32)
+
+    def upscaler_from(self, model: OpenModel) -> LatentUpscaler:
+        """Load one of the latent upscalers among the files."""
+        config = upscaler_config(model)
+        with torch.device("meta"):
+            network = LatentUpscaler(config)
+        self._assemble(network, "upscaler", model, model.named("upscaler"), self.dtype)
+        return network
+
+    def _load(
+        self, component: str, build: Callable[[], Module], dtype: torch.dtype | None = None
+    ) -> Module:
+        model = self._need(component)
+        with torch.device("meta"):
+            network = build()
+        self._assemble(network, component, model, model.named(component), dtype or self.dtype)
+        return network
+
+    def _assemble(
+        self,
+        network: nn.Module,
+        component: str,
+        model: OpenModel,
+        stored: Mapping[str, StoredTensor],
+        dtype: torch.dtype,
+    ) -> None:
+        where = f"{model.path} ({component})"
+        report = assemble(network, stored, self.naming(component), dtype, where)
+        network.to(self.device)
+        source = self.files.config_of(component)[1]
+        self.loaded.append(Loaded(component, model.path, report, source))
+
+    def _need(self, component: str) -> OpenModel:
+        model = self.files.find(component)
+        if model is None:
+            raise CheckpointError(f"missing: {SOURCES[component].advice()}")
+        return model
+
+    def _shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        stored = self._need(component).named(component)
+        return {name: item.shape for name, item in stored.items()}
+
+    def _settings(self, component: str, section: str) -> Settings | None:
+        self._need(component)
+        config, where = self.files.config_of(component)
+        if config is None or not isinstance(config.get(section), Mapping):
+            return None
+        return Settings(config[section], f"{where}: config.{section}")
+
+    def _gemma_settings(self, model: OpenModel) -> tuple[Settings | None, str]:
+        if (text := model.metadata.get("gemma_config")) is not None:
+            where = f"{model.path}: metadata key 'gemma_config'"
+            return Settings(parse_json(str(text), where), where), where
+        file = model.path / "config.json"
+        if model.path.is_dir() and file.is_file():
+            return Settings(read_json(file), str(file)), str(file)
+        return None, "inferred from tensor shapes"
+
+
+def upscaler_config(model: OpenModel) -> UpscalerConfig:
+    """Return an upscaler's hyper-parameters; its tensors must agree with its JSON."""
+    shapes = {name: item.shape for name, item in model.named("upscaler").items()}
+    inferred = UpscalerConfig.from_shapes(shapes)
+    config: dict[str, Any] | None = model.config()
+    if config is None:
+        return inferred
+    given = UpscalerConfig.from_settings(Settings(config, f"{model.path}: config"))
+    if given != inferred:
+        raise CheckpointError(
+            f"{model.path}: its configuration says {given}, its tensors say {inferred}; "
+            "the file is damaged or repackaged wrongly"
+        )
+    return given
+
+
+def missing_parts(files: ModelFiles, needed: Sequence[str] = NEEDED) -> list[str]:
+    """Return one line of advice for every part that no file brings, each source once."""
+    lines = [SOURCES[name].advice() for name in needed if files.find(name) is None]
+    return list(dict.fromkeys(lines))
+
+
+def _plain(loaded: Tensor | QuantTensor) -> Tensor:
+    return loaded.dequantize() if isinstance(loaded, QuantTensor) else loaded
+
+
+def _bytes(stored: StoredTensor) -> bytes:
+    values = stored.load()
+    if isinstance(values, QuantTensor) or values.dtype != torch.uint8:
+        raise CheckpointError(f"{stored.entry.name}: stored as {stored.format.name}, wanted U8")
+    return values.numpy().tobytes()

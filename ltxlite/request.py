@@ -1,0 +1,239 @@
+"""What the user may ask: frozen records whose JSON is a job file. No torch, no files opened here.
+
+Of ours it imports only the error tree and the torch-free records of `sampling.settings`.
+"""
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from fractions import Fraction
+from typing import Any, Literal, TypeVar
+
+from ltxlite.errors import RequestError
+from ltxlite.sampling.settings import Guidance, check_sampler
+
+JOB_VERSION = 1
+
+Sound = Literal["refine", "keep", "freeze"]
+Upscaler = Literal["x1.5", "x2"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Variant = Literal["dev", "distilled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pass of sampling, at one size.
+
+    scale: width and height as a fraction of the clip's ("1/2").  sigmas: a schedule
+    (`sampling.schedules.parse`).  upscaler: how the previous stage's latent gets here, None where
+    the size stays.  loras: strength of each LoRA file in this stage; the last one serves the rest.
+    sound: what happens to the previous stage's sound: "refine" noises and denoises it again,
+    "keep" does so for the picture's sake but ships the earlier sound, "freeze" holds it fixed.
+    real_tokens: the ltx schedule shifts by this stage's token count instead of 4096.
+    seed: of this stage's initial noise; None derives it from the job's.
+    """
+
+    scale: str = "1"
+    sigmas: str = "distilled"
+    sampler: str = "euler"
+    sampler_options: dict[str, float | bool] = field(default_factory=dict)
+    video: Guidance = field(default_factory=Guidance)
+    audio: Guidance = field(default_factory=Guidance)
+    upscaler: Upscaler | None = None
+    loras: tuple[float, ...] = ()
+    sound: Sound = "refine"
+    real_tokens: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.sampler_options)
+        if not 0 < self.fraction <= 1:
+            raise RequestError(f"stage scale is {self.scale!r}, wanted a fraction above 0, up to 1")
+        _one_of("stage sound", self.sound, Sound)
+        if self.upscaler is not None:
+            _one_of("stage upscaler", self.upscaler, Upscaler)
+
+    @property
+    def fraction(self) -> Fraction:
+        """The scale as a number."""
+        return parse_fraction(self.scale, "stage scale")
+
+    def lora_strength(self, index: int) -> float:
+        """Return the strength of LoRA file number `index` in this stage; 1 if none is given."""
+        if not self.loras:
+            return 1.0
+        return self.loras[min(index, len(self.loras) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Paths of model files or folders; a part named on its own goes before the one in `model`."""
+
+    model: str
+    text_encoder: str | None = None
+    vae: str | None = None
+    audio_vae: str | None = None
+    connectors: str | None = None
+    text_projection: str | None = None
+    upscalers: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where the clip goes and how it is coded.
+
+    path: an .mp4, or a folder for PNG frames and a WAV.  crop: deliver the clip cut to this
+    (width, height) around its centre.  wav: also write the sound there.
+    """
+
+    path: str
+    crf: int = 19
+    crop: tuple[int, int] | None = None
+    wav: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= 51:
+            raise RequestError(f"crf is {self.crf}; H.264 takes 0 (lossless) to 51")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A whole job. Sizes are final pixels, already snapped; `fps` is exact ("24000/1001")."""
+
+    prompt: str
+    files: Files
+    output: Output
+    stages: tuple[Stage, ...]
+    width: int = 1536
+    height: int = 1024
+    frames: int = 121
+    fps: str = "24"
+    seed: int = 10
+    negative: str | None = None
+    device: str = "auto"
+    dtype: DType = "auto"
+    version: int = JOB_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != JOB_VERSION:
+            raise RequestError(
+                f"job file version {self.version}; this ltxlite reads version {JOB_VERSION}"
+            )
+        for name in ("width", "height", "frames"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 16:
+                raise RequestError(f"{name} is {value!r}, wanted a whole number from 1 to 65535")
+        if not 1 <= self.rate <= 240:
+            raise RequestError(f"fps is {self.fps}, wanted 1 to 240")
+        if not self.stages:
+            raise RequestError("the job has no stages; give at least one")
+        _one_of("dtype", self.dtype, DType)
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second."""
+        return parse_fraction(self.fps, "fps")
+
+    @property
+    def seconds(self) -> Fraction:
+        """Length of the clip."""
+        return self.frames / self.rate
+
+    def to_json(self) -> str:
+        """Return the job as JSON text; `from_json` gives the equal record back."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Request":
+        """Read a job file. Raises RequestError naming the field that is wrong."""
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RequestError(f"{where}: not a job file ({error})") from None
+        return build(cls, values, where)
+
+
+def parse_fraction(text: str, name: str) -> Fraction:
+    """Read "24", "23.976", "24000/1001" or "1/2" exactly; RequestError otherwise."""
+    if len(text) > 32 or "e" in text.lower():
+        raise RequestError(f"{name} is {text!r}, wanted a number or a fraction such as 24000/1001")
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(
+            f"{name} is {text!r}, wanted a number or a fraction such as 24000/1001"
+        ) from None
+
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], values: object, where: str) -> T:
+    """Build a record from parsed JSON, refusing unknown fields and values of another type."""
+    if not isinstance(values, Mapping):
+        raise RequestError(f"{where}: wanted an object of {kind.__name__} fields, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise RequestError(f"{where}: unknown field {unknown[0]!r}; {kind.__name__} has {known}")
+    arguments = {
+        name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()
+    }
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise RequestError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: object, where: str) -> object:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(inner, value, where)
+    if origin is Literal:
+        _one_of(where, value, hint)
+        return value
+    if origin is tuple:
+        return _convert_tuple(inner, value, where)
+    if origin is dict:
+        return dict(value) if isinstance(value, Mapping) else _refuse(where, value, "an object")
+    if is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        _refuse(where, value, hint.__name__)
+    return value
+
+
+def _convert_union(kinds: tuple[Any, ...], value: object, where: str) -> object:
+    if value is None and type(None) in kinds:
+        return None
+    concrete = [kind for kind in kinds if kind is not type(None)]
+    wants_list = isinstance(value, list)
+    for kind in concrete:
+        if (typing.get_origin(kind) is tuple) == wants_list:
+            return _convert(kind, value, where)
+    return _refuse(where, value, " or ".join(str(kind) for kind in concrete))
+
+
+def _convert_tuple(inner: tuple[Any, ...], value: object, where: str) -> object:
+    if not isinstance(value, (list, tuple)):
+        return _refuse(where, value, "a list")
+    if len(inner) == 2 and inner[1] is Ellipsis:
+        return tuple(_convert(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if len(value) != len(inner):
+        return _refuse(where, value, f"a list of {len(inner)}")
+    return tuple(_convert(kind, item, where) for kind, item in zip(inner, value, strict=True))
+
+
+def _refuse(where: str, value: object, wanted: str) -> None:
+    raise RequestError(f"{where} is {value!r}, wanted {wanted}")
+
+
+def _one_of(name: str, value: object, choices: Any) -> None:
+    allowed = typing.get_args(choices)
+    if value not in allowed:
+        raise RequestError(f"{name} is {value!r}, choose one of {', '.join(map(str, allowed))}")

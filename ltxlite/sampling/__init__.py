@@ -1,0 +1,1 @@
+"""From noise to latents: schedules, samplers, guidance and noise, as functions on plain tensors."""

@@ -1,0 +1,211 @@
+"""One sampling stage: from the previous stage's latents and a prompt to this stage's latents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ltxlite import conditioning
+from ltxlite.conditioning import LatentState
+from ltxlite.denoise import Denoiser, Evaluation, Prompt, Stream, refuse_nonfinite
+from ltxlite.encode import Contexts
+from ltxlite.errors import CheckpointError, RequestError
+from ltxlite.geometry import (
+    ClipShape,
+    LatentGrid,
+    audio_positions,
+    patchify_audio,
+    patchify_video,
+    unpatchify_audio,
+    unpatchify_video,
+    video_positions,
+)
+from ltxlite.models.transformer import Transformer
+from ltxlite.models.upscaler import upscale_normalised
+from ltxlite.networks import Networks
+from ltxlite.request import Request, Stage
+from ltxlite.sampling.contract import NoiseKind, State, Tools
+from ltxlite.sampling.noise import SdeNoise, initial_noise, sde_seed, stage_seed
+from ltxlite.sampling.samplers import SAMPLERS, sample
+from ltxlite.sampling.schedule_text import parse
+from ltxlite.sampling.schedules import Schedule
+
+SDE_KINDS: tuple[NoiseKind, ...] = ("step", "sub")
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """What goes from stage to stage: normalised latents (1, C, F, Y, X) and (1, C, T, M), fp32."""
+
+    video: Tensor
+    audio: Tensor
+    shape: ClipShape
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The contexts of a job; the negative ones are there when some stage needs them."""
+
+    positive: Contexts
+    negative: Contexts | None
+
+    def of(self, sound: bool) -> Prompt:
+        """Return one stream's part."""
+        pair = (self.positive, self.negative)
+        video = [None if contexts is None else contexts.video for contexts in pair]
+        audio = [None if contexts is None else contexts.audio for contexts in pair]
+        positive, negative = audio if sound else video
+        assert positive is not None
+        return Prompt(positive, negative)
+
+
+def needs_negative(stage: Stage) -> bool:
+    """Tell whether a stage evaluates the negative prompt in any of its steps."""
+    scales = (guidance.cfg for guidance in (stage.video, stage.audio))
+    listed = [value for cfg in scales for value in (cfg if isinstance(cfg, tuple) else (cfg,))]
+    return SAMPLERS[stage.sampler].needs_uncond or any(value != 1 for value in listed)
+
+
+def stage_shape(request: Request, stage: Stage, networks: Networks) -> ClipShape:
+    """Return a stage's latent shape. Raises RequestError if its size is off the grid."""
+    grid, audio = networks.latent_grid(), networks.audio_grid()
+    sizes = [size * stage.fraction for size in (request.height, request.width)]
+    if request.frames != grid.snap_frames(request.frames):
+        raise RequestError(
+            f"{request.frames} frames: wanted {grid.time}n + 1, such as "
+            f"{grid.snap_frames(request.frames)}"
+        )
+    for size in sizes:
+        if size.denominator != 1 or size % grid.space:
+            raise RequestError(
+                f"{request.width}x{request.height} at scale {stage.scale} gives {float(size):g} "
+                f"pixels; wanted multiples of {grid.space}"
+            )
+    rows, columns = (int(size) // grid.space for size in sizes)
+    frames = grid.latent_frames(request.frames)
+    length = audio.latent_frames(request.frames, request.rate)
+    if length < 1:
+        raise RequestError(
+            f"{request.frames} frames at {request.fps} fps are too short for any sound; "
+            "make the clip longer"
+        )
+    return ClipShape(frames, rows, columns, length, float(request.rate))
+
+
+def stage_sigmas(stage: Stage, shape: ClipShape) -> Schedule:
+    """Return a stage's noise levels."""
+    return parse(stage.sigmas, shape.video_tokens if stage.real_tokens else None)
+
+
+def first_latents(networks: Networks, shape: ClipShape) -> Latents:
+    """Return the zeros that the first stage's noise is mixed into."""
+    channels = networks.transformer_config()
+    bins = networks.audio_bins()
+    video = torch.zeros(1, channels.video.channels, shape.frames, shape.rows, shape.columns)
+    audio = torch.zeros(1, channels.audio.channels // bins, shape.audio_frames, bins)
+    return Latents(video.to(networks.device), audio.to(networks.device), shape)
+
+
+def enlarge(networks: Networks, latents: Latents, shape: ClipShape, kind: str) -> Latents:
+    """Bring the picture to a stage's size with the upscaler of that kind; sound stays.
+
+    Raises CheckpointError if no such upscaler is among the files or it gives another size.
+    """
+    upscaler = find_upscaler(networks, kind)
+    mean, std = networks.latent_statistics()
+    video = upscale_normalised(upscaler, latents.video.to(networks.dtype), mean, std).float()
+    wanted = (shape.frames, shape.rows, shape.columns)
+    if tuple(video.shape[2:]) != wanted:
+        raise RequestError(
+            f"the {kind} upscaler turns {list(latents.video.shape[2:])} into "
+            f"{list(video.shape[2:])}, the next stage needs {list(wanted)}; choose another size"
+        )
+    return replace(latents, video=video, shape=shape)
+
+
+def find_upscaler(networks: Networks, kind: str) -> torch.nn.Module:
+    """Load the upscaler of a kind ("x2", "x1.5")."""
+    for model in networks.files.all("upscaler"):
+        if networks.upscaler_kind(model) == kind:
+            return networks.upscaler_from(model)
+    raise CheckpointError(f"no {kind} upscaler among the files")
+
+
+class StageRun:
+    """Runs one stage of a job on a loaded transformer."""
+
+    def __init__(
+        self, request: Request, number: int, networks: Networks, transformer: Transformer
+    ) -> None:
+        self.request, self.number = request, number
+        self.stage = request.stages[number]
+        self.networks, self.transformer = networks, transformer
+        self.shape = stage_shape(request, self.stage, networks)
+        self.sigmas = stage_sigmas(self.stage, self.shape)
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps of the stage."""
+        return len(self.sigmas) - 1
+
+    def __call__(
+        self, given: Latents, prompts: Prompts, advance: Callable[[int], None]
+    ) -> Latents:
+        """Noise the given latents (already at this stage's size) and denoise them."""
+        video, audio = self._states(given)
+        denoiser = self._denoiser(video, audio, prompts)
+
+        def finished(step: int, _: State) -> None:
+            denoiser.step = step + 1
+            advance(step + 1)
+
+        shapes = [state.initial.shape for state in (video, audio)]
+        tools = Tools(denoiser, self._sde_noise(shapes), denoiser.blend, finished)
+        start = self._start(video, audio)
+        options = self.stage.sampler_options
+        final = sample(self.stage.sampler, start, self.sigmas, tools, options)
+        channels = given.audio.shape[1]
+        sound = unpatchify_audio(final[1], self.shape.audio_frames, channels)
+        if self.stage.sound == "keep" and self.number > 0:
+            sound = given.audio
+        return Latents(unpatchify_video(final[0], self.shape), sound, self.shape)
+
+    def _states(self, given: Latents) -> tuple[LatentState, LatentState]:
+        device, shape = self.networks.device, self.shape
+        grid: LatentGrid = self.networks.latent_grid()
+        latent = (shape.frames, shape.rows, shape.columns)
+        positions = video_positions(latent, shape.fps, grid).to(device)
+        video = conditioning.start(patchify_video(given.video), positions)
+        positions = audio_positions(shape.audio_frames, self.networks.audio_grid()).to(device)
+        audio = conditioning.start(patchify_audio(given.audio), positions)
+        if self.stage.sound == "freeze" and self.number > 0:
+            audio = conditioning.freeze(audio)
+        return video, audio
+
+    def _start(self, video: LatentState, audio: LatentState) -> State:
+        seed = stage_seed(self.request.seed, self.number, self.stage.seed)
+        shapes = [state.initial.shape for state in (video, audio)]
+        noises = initial_noise(shapes, seed, self.networks.device)
+        pairs = zip((video, audio), noises, strict=True)
+        return tuple(state.noised(noise, self.sigmas[0]) for state, noise in pairs)
+
+    def _sde_noise(self, shapes: list[torch.Size]) -> SdeNoise:
+        seeds = {kind: sde_seed(self.request.seed, self.number, kind) for kind in SDE_KINDS}
+        standardised = SAMPLERS[self.stage.sampler].standardised
+        device = self.networks.device
+        return SdeNoise(shapes, seeds, standardised=standardised, device=device)
+
+    def _denoiser(self, video: LatentState, audio: LatentState, prompts: Prompts) -> Denoiser:
+        def first_is_finite(evaluation: Evaluation) -> None:
+            # Only once a stage: looking at values makes the host wait for the device.
+            if evaluation.sigma == self.sigmas[0]:
+                refuse_nonfinite(evaluation, 0)
+
+        return Denoiser(
+            self.transformer,
+            Stream(video, prompts.of(sound=False), self.stage.video),
+            Stream(audio, prompts.of(sound=True), self.stage.audio),
+            first_is_finite,
+            SAMPLERS[self.stage.sampler].needs_uncond,
+        )

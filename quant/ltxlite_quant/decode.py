@@ -1,0 +1,90 @@
+"""Blocks to values, one decoder a format, in plain torch.
+
+A decoder is the definition of its format: bit-exact to gguf-py in fp32, the path on machines
+without Triton, and the twin (same signature, same bits) of the kernel in
+`ltxlite_kernels.dequant`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from ltxlite_quant.formats import BlockFormat, FormatError, byte_shape
+
+# Elements decoded at a time on a CPU: 256 KiB of fp32 stays in the second-level cache, which
+# doubles the speed over whole tensors (quant/README.md).
+CPU_CHUNK_ELEMENTS = 1 << 16
+
+
+def dequantize(
+    blocks: Tensor,
+    block_format: BlockFormat,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Decode the blocks of a tensor.
+
+    blocks: (rows, row_bytes) uint8.  shape: logical (..., K) with `rows` rows.  dtype: floating.
+    out: contiguous tensor of that shape and dtype to write into; a new one by default.
+    The arithmetic is fp32 and rounds to `dtype` once.  Raises FormatError if anything disagrees.
+    """
+    decode = decoder_of(block_format)
+    check_blocks(blocks, block_format, shape)
+    out = output_for(blocks, shape, dtype, out)
+    sources = blocks.reshape(-1, block_format.block_bytes)
+    targets = out.view(-1, block_format.block_size)
+    step = max(1, len(sources))
+    if blocks.device.type == "cpu":
+        step = CPU_CHUNK_ELEMENTS // block_format.block_size
+    for start in range(0, len(sources), step):
+        targets[start : start + step].copy_(decode(sources[start : start + step]))
+    return out
+
+
+def decoder_of(block_format: BlockFormat) -> Callable[[Tensor], Tensor]:
+    """Return the function (n, block_bytes) uint8 -> (n, block_size) fp32 of a format."""
+    if block_format.name in DECODERS:
+        return DECODERS[block_format.name]
+    kind = "not decoded by ltxlite yet" if block_format.is_quantized else "plain, not quantized"
+    raise FormatError(f"{block_format.name} is {kind}; decoders exist for {', '.join(DECODERS)}")
+
+
+def check_blocks(blocks: Tensor, block_format: BlockFormat, shape: Sequence[int]) -> None:
+    """Raise FormatError unless `blocks` is the (rows, row_bytes) uint8 matrix of such a tensor."""
+    *rows, row_bytes = byte_shape(shape, block_format)
+    wanted = (math.prod(rows), row_bytes)
+    if blocks.dtype != torch.uint8 or tuple(blocks.shape) != wanted:
+        raise FormatError(
+            f"{block_format.name} blocks of a {tuple(shape)} tensor are uint8 {wanted}, "
+            f"got {blocks.dtype} {tuple(blocks.shape)}"
+        )
+
+
+def output_for(
+    blocks: Tensor, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None
+) -> Tensor:
+    """Return `out` if it can take the decoded tensor, or a new tensor if it is None."""
+    if not dtype.is_floating_point:
+        raise FormatError(f"blocks decode to a floating point dtype, got {dtype}")
+    if out is None:
+        return torch.empty(tuple(shape), dtype=dtype, device=blocks.device)
+    fits = out.shape == torch.Size(shape) and out.dtype == dtype and out.device == blocks.device
+    if not fits or not out.is_contiguous():
+        raise FormatError(
+            f"out must be contiguous {tuple(shape)} {dtype} on {blocks.device}, "
+            f"got {tuple(out.shape)} {out.dtype} on {out.device}, stride {out.stride()}"
+        )
+    return out
+
+
+def _decode_q8_0(blocks: Tensor) -> Tensor:
+    # 34 bytes: scale fp16 @0, 32 int8 @2
+    scale = blocks[:, :2].contiguous().view(torch.float16).float()  # (n, 1)
+    return blocks[:, 2:].view(torch.int8).float().mul_(scale)  # (n, 32)
+
+
+DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"Q8_0": _decode_q8_0})

@@ -1,0 +1,138 @@
+"""A model file mapped read-only into memory, and the record of where a tensor lies in it."""
+
+import mmap
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ltxlite_quant.formats import BlockFormat, FormatError
+
+# What people really have under a model's name: (first bytes, lower case; what it is; what to do).
+_IMPOSTORS = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the model", "run `git lfs pull`"),
+    (b"<!doctype html", "a web page", "download the file itself, not its page"),
+    (b"<html", "a web page", "download the file itself, not its page"),
+    (b"pk\x03\x04", "a zip archive (a PyTorch .pt or .ckpt?)", "use .safetensors or .gguf"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies: logical shape, format, absolute offset and size in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: BlockFormat
+    offset: int
+    nbytes: int
+
+
+class MappedFile:
+    """Bytes of a file without reading it: pages come in as they are touched.
+
+    The map is read-only: it costs address space only, whereas a private writable map of a 46 GB
+    checkpoint counts in full against the memory that a 16 GB machine may promise. Tensors keep
+    the map alive after `close`. Raises FormatError for files that cannot be a model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        if self.size == 0:
+            raise FormatError(f"{path}: the file is empty; download it again")
+        with path.open("rb") as file:
+            _refuse_impostors(path, file.read(64))
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._storage = _storage_of(self.map)
+
+    def tensor(self, entry: TensorEntry) -> Tensor:
+        """Return the bytes of `entry` as (nbytes,) uint8 or, for a plain format, its values.
+
+        Zero-copy, so writing to it ends the process; a misaligned tensor is copied.
+        """
+        dtype = entry.format.dtype or torch.uint8
+        if entry.nbytes == 0:
+            return torch.empty(0, dtype=dtype, device="cpu")
+        storage = self._storage[entry.offset : entry.offset + entry.nbytes]
+        if entry.offset % dtype.itemsize:
+            storage = storage.clone()
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage)
+
+    def close(self) -> None:
+        """Let go of the file; it stays mapped as long as a loaded tensor needs it."""
+        del self.map, self._storage
+
+
+class MappedContainer:
+    """What both containers share: an open file, its entries, and closing it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors: dict[str, TensorEntry] = {}
+        self._file: MappedFile | None = MappedFile(self.path)
+
+    def close(self) -> None:
+        """Let go of the file; tensors loaded from it stay valid."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_file(self) -> MappedFile:
+        if self._file is None:
+            raise FormatError(f"{self.path}: the file was closed; open it again to load tensors")
+        return self._file
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.tensors:
+            raise FormatError(
+                f"{self.path}: has no tensor {name!r} (it has {len(self.tensors)} tensors)"
+            )
+        return self.tensors[name]
+
+
+def check_layout(where: str, entries: list[TensorEntry], file_size: int) -> int:
+    """Return the end of the last tensor; raise FormatError on overlap or a truncated file."""
+    end, previous = 0, "the header"
+    for entry in sorted(entries, key=lambda item: (item.offset, item.nbytes)):
+        if entry.offset < end:
+            raise FormatError(
+                f"{where}: {entry.name!r} starts at byte {entry.offset}, inside {previous!r} which "
+                f"ends at {end}; the file is damaged, download it again"
+            )
+        end, previous = entry.offset + entry.nbytes, entry.name
+    if end > file_size:
+        raise FormatError(
+            f"{where}: the file is cut short, got {file_size} bytes, wanted {end} "
+            f"({previous!r} is incomplete); download it again"
+        )
+    return end
+
+
+def _refuse_impostors(path: Path, head: bytes) -> None:
+    text = head.lstrip().lower()
+    for magic, what, action in _IMPOSTORS:
+        if text.startswith(magic):
+            raise FormatError(f"{path}: this is {what}; {action}")
+
+
+def _storage_of(mapped: mmap.mmap) -> torch.UntypedStorage:
+    with warnings.catch_warnings():
+        # "The given buffer is not writable": meant, and nothing writes to checkpoint tensors.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()

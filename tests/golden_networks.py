@@ -1,0 +1,369 @@
+"""Runners of the reference cases that exercise networks and geometry alone."""
+
+from collections.abc import Callable
+
+import torch
+from golden_support import Case, Outputs
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ltxlite.checkpoint.files import open_models
+from ltxlite.checkpoint.lora import attach, read_lora, set_strengths
+from ltxlite.geometry import (
+    AudioGrid,
+    LatentGrid,
+    audio_positions,
+    midpoints,
+    patchify_audio,
+    patchify_video,
+    video_positions,
+)
+from ltxlite.linear import LowRankLinear, merged_weight
+from ltxlite.models.block import StreamState
+from ltxlite.models.mel import log_mel, mel_filterbank, resample
+from ltxlite.models.passes import Pass, Perturbation, RowWeights, Skip, StreamInput, Timesteps, Velocity
+from ltxlite.models.rope import RopeSpec, rope_table
+from ltxlite.models.transformer import Transformer
+from ltxlite.models.transformer import RENAMES as TRANSFORMER_RENAMES
+from ltxlite.sampling import schedules
+
+SKIPS = {
+    "SKIP_VIDEO_SELF_ATTN": Skip.VIDEO_SELF,
+    "SKIP_AUDIO_SELF_ATTN": Skip.AUDIO_SELF,
+    "SKIP_A2V_CROSS_ATTN": Skip.AUDIO_TO_VIDEO,
+    "SKIP_V2A_CROSS_ATTN": Skip.VIDEO_TO_AUDIO,
+}
+
+
+def run_schedules(case: Case) -> Outputs:
+    tables = {
+        "distilled_stage1": schedules.TABLES["distilled"],
+        "distilled_stage2": schedules.TABLES["stage2"],
+    }
+    formulas: dict[str, Callable[..., object]] = {
+        "ltx2": schedules.ltx,
+        "linear_quadratic": schedules.linear_quadratic,
+        "beta": schedules.beta,
+        "simple": schedules.simple,
+    }
+    outputs = {name: torch.tensor(values) for name, values in tables.items()}
+    for name, params in case.params.items():
+        formula = formulas[name.rsplit("_", 1)[0]]
+        outputs[name] = torch.tensor(formula(**params))
+    return outputs
+
+
+def run_positions(case: Case) -> Outputs:
+    outputs: Outputs = {}
+    params = case.params
+    for frames, fps, count in params.pop("audio_count"):
+        assert AudioGrid().latent_frames(frames, fps) == count, (frames, fps)
+    audio = AudioGrid()
+    for name, p in params.items():
+        if name.startswith("video_"):
+            grid = LatentGrid(p["scale"][0], p["scale"][1])
+            shape = (p["frames"], p["height"], p["width"])
+            outputs[name] = video_positions(shape, p["fps"], grid)
+        else:
+            assert p["causal"], "only causal audio positions exist"
+            audio = AudioGrid(p["sr"], p["hop"], p["downsample"])
+            outputs[name] = audio_positions(p["frames"], audio)
+    if "audio_shift3" in case.expected:
+        count = case.expected["audio_shift3"].shape[2]
+        outputs["audio_shift3"] = audio_positions(count, audio, first=3)
+    outputs["video_tokens"] = patchify_video(case.given("video_latent"))
+    outputs["audio_tokens"] = patchify_audio(case.given("audio_latent"))
+    return outputs
+
+
+def run_rope(case: Case) -> Outputs:
+    outputs: Outputs = {}
+    for name, p in case.params.items():
+        layout, precision, which = name.split(".")
+        spec = RopeSpec(
+            p["dim"], p["heads"], tuple(p["max_pos"]), layout=layout, float64=precision == "float64"
+        )
+        rope = rope_table(_rope_positions(case, name, which, p), spec)
+        outputs[f"{name}.cos"] = _table(rope.cos, layout)
+        outputs[f"{name}.sin"] = _table(rope.sin, layout)
+        if name == f"{layout}.float64.video" and case.get(f"x_{layout}") is not None:
+            outputs[f"applied_{layout}"] = rope.rotate(case.given(f"x_{layout}"))
+    return outputs
+
+
+def _rope_positions(case: Case, name: str, which: str, p: dict) -> Tensor:
+    if not p["middle"]:
+        count = case.tensors[f"{name}.cos"].shape[-2]
+        return (torch.arange(count) * p["token_stride"]).float()[None, None]
+    source = "audio_positions" if which.endswith("audio") else "video_positions"
+    positions = midpoints(case.given(source))[:, :, :: p["token_stride"]]
+    return positions[:, : len(p["max_pos"])]
+
+
+def _table(values: Tensor, layout: str) -> Tensor:
+    """Our split tables are (B, T, H, D/2); the reference stores (B, H, T, D/2)."""
+    return values.transpose(1, 2) if layout == "split" else values
+
+
+def run_rope_real_dims(case: Case) -> Outputs:
+    outputs: Outputs = {}
+    grid = case.params["grid"]
+    frames, rows, columns = grid["latent"]
+    whole = {
+        "video": video_positions((frames, rows, columns), grid["fps"], LatentGrid()),
+        "audio": audio_positions(grid["audio_frames"], AudioGrid()),
+    }
+    for name, p in case.params.items():
+        if name == "grid":
+            continue
+        stream = name.removeprefix("cross_")
+        positions = case.given(f"{stream}_positions")
+        index = case.tensors[f"{stream}_token_index"]
+        assert torch.equal(whole[stream][:, :, index], positions), "positions of the real grid"
+        middle = midpoints(positions)[:, : len(p["max_pos"])]
+        rope = rope_table(middle, RopeSpec(p["dim"], p["heads"], tuple(p["max_pos"])))
+        outputs[f"{name}.cos"] = rope.cos.transpose(1, 2)
+        outputs[f"{name}.sin"] = rope.sin.transpose(1, 2)
+        outputs[f"{stream}_token_index"] = index
+    return outputs
+
+
+def stream_input(case: Case, stream: str, enabled: bool = True) -> StreamInput:
+    """Read one stream of a transformer case."""
+    latent = case.given(f"{stream}.latent")
+    dense = case.get(f"{stream}.attention_mask")
+    return StreamInput(
+        latent=latent,
+        sigma=case.given(f"{stream}.sigma"),
+        timesteps=Timesteps.of(case.given(f"{stream}.timesteps")),
+        positions=case.given(f"{stream}.positions"),
+        context=case.given(f"{stream}.context"),
+        context_mask=case.get(f"{stream}.context_mask"),
+        weights=() if dense is None else (RowWeights(0, latent.shape[1], dense),),
+        enabled=enabled,
+    )
+
+
+def _velocities(velocity: Velocity, prefix: str = "") -> Outputs:
+    named = {f"{prefix}video_velocity": velocity.video, f"{prefix}audio_velocity": velocity.audio}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def run_dit(case: Case) -> Outputs:
+    """Run one forward pass; in-between states and x0 only where the case stores them."""
+    transformer = case.networks().transformer()
+    given = Pass(stream_input(case, "video"), stream_input(case, "audio"))
+    state = transformer.begin(given)
+    outputs: Outputs = {}
+    for stream in ("video", "audio"):
+        outputs |= _prepared(getattr(state, stream), stream)
+    for number, block in enumerate(transformer.blocks):
+        block(state, number)
+        outputs[f"block{number}.video"] = state.video.x.clone()
+        outputs[f"block{number}.audio"] = state.audio.x.clone()
+    velocity = transformer.finish(state)
+    outputs |= _velocities(velocity)
+    for stream in ("video", "audio"):
+        latent, levels = case.given(f"{stream}.latent"), case.given(f"{stream}.timesteps")
+        outputs[f"{stream}_x0"] = latent - getattr(velocity, stream) * levels
+    return outputs
+
+
+def _prepared(state: StreamState, stream: str) -> Outputs:
+    every = slice(None)
+
+    def rows(name: str) -> Tensor:
+        held = getattr(state, name)
+        return held.rows[held.index].flatten(2)
+
+    outputs = {
+        "x": state.x.clone(),
+        "timesteps": rows("modulation"),
+        "embedded_timestep": state.embedded.row(0, every),
+        "pe_cos": state.rope.own.cos.transpose(1, 2),
+        "pe_sin": state.rope.own.sin.transpose(1, 2),
+        "cross_pe_cos": state.rope.cross.cos.transpose(1, 2),
+        "cross_pe_sin": state.rope.cross.sin.transpose(1, 2),
+        "cross_scale_shift_timestep": rows("cross"),
+        "cross_gate_timestep": rows("gate"),
+        "context": state.context,
+    }
+    if state.prompt is not None:
+        outputs["prompt_timestep"] = rows("prompt")
+    return {f"pre.{stream}.{name}": value for name, value in outputs.items()}
+
+
+def _perturbation(skips: list) -> Perturbation:
+    return Perturbation(
+        tuple((SKIPS[kind], None if at is None else frozenset(at)) for kind, at in skips)
+    )
+
+
+def run_dit_perturbed(case: Case) -> Outputs:
+    transformer = case.networks().transformer()
+    video, audio = stream_input(case, "video"), stream_input(case, "audio")
+    batch = video.latent.shape[0]
+    outputs: Outputs = {}
+    for name, skips in case.params.items():
+        velocity = transformer(Pass(video, audio, (_perturbation(skips),) * batch))
+        outputs |= _velocities(velocity, f"{name}.")
+    return outputs
+
+
+def run_dit_perturbed_mixed_batch(case: Case) -> Outputs:
+    perturbations = tuple(map(_perturbation, case.params["per_sample"]))
+    video, audio = stream_input(case, "video"), stream_input(case, "audio")
+    return _velocities(case.networks().transformer()(Pass(video, audio, perturbations)))
+
+
+def run_dit_single_modality(case: Case) -> Outputs:
+    transformer = case.networks().transformer()
+    video, audio = stream_input(case, "video"), stream_input(case, "audio")
+    outputs: Outputs = {}
+    alone = {"video": transformer(Pass(video, None)).video, "audio": transformer(Pass(None, audio)).audio}
+    for stream, velocity in alone.items():
+        assert velocity is not None
+        outputs[f"{stream}_alone.velocity"] = velocity
+        disabled = {
+            name: stream_input(case, name, enabled=name != stream) for name in ("video", "audio")
+        }
+        velocities = transformer(Pass(disabled["video"], disabled["audio"]))
+        outputs |= _velocities(velocities, f"{stream}_disabled.")
+    return outputs
+
+
+def run_lora(case: Case) -> Outputs:
+    outputs: Outputs = {}
+    given = Pass(stream_input(case, "video"), stream_input(case, "audio"))
+    outputs |= _velocities(case.networks().transformer()(given), "none.")
+    for name, p in case.params.items():
+        transformer = case.networks().transformer()
+        loras = [read_lora(open_models(case.root / file)[0]) for file, _ in p["loras"]]
+        reports = attach(transformer, loras, case.networks().naming("transformer"))
+        assert sum(report.matched for report in reports) == p["fused_matrices"], name
+        assert not any(report.unmatched for report in reports), name
+        set_strengths(transformer, {str(case.root / file): s for file, s in p["loras"]})
+        outputs |= _velocities(transformer(given), f"{name}.")
+    for name in case.expected:
+        if name.startswith("bf16_fused."):
+            outputs[name] = _fused_bf16(case, name)
+    return outputs
+
+
+def _fused_bf16(case: Case, name: str) -> Tensor:
+    module, strength = name.removeprefix("bf16_fused.").split(".weight_strength")
+    file = next(iter(case.params.values()))["loras"][0][0]
+    term = read_lora(open_models(case.root / file)[0]).terms[module]
+    weights = load_file(case.root / case.entry["model"])
+    weight = weights[f"model.diffusion_model.{module}.weight"]
+    return merged_weight(weight, [term], torch.bfloat16, [float(strength)])
+
+
+def run_video_encode(case: Case) -> Outputs:
+    encoder = case.networks().video_encoder()
+    return {
+        name.replace("in.", "").replace(".pixels", ".latent"): encoder(pixels.float())
+        for name, pixels in case.tensors.items()
+        if name.startswith("in.")
+    }
+
+
+def run_video_decode(case: Case) -> Outputs:
+    decoder = case.networks().video_decoder()
+    return {
+        name.replace("in.", "").replace(".latent", ".pixels"): decoder(latent)
+        for name, latent in case.tensors.items()
+        if name.startswith("in.")
+    }
+
+
+def run_video_latent_stats(case: Case) -> Outputs:
+    decoder = case.networks().video_decoder()
+    return {"mean": decoder.latent_mean, "std": decoder.latent_std}
+
+
+def run_mel(case: Case) -> Outputs:
+    outputs = {"mel_filterbank": mel_filterbank()}
+    if (wave := case.get("wave16k")) is not None:
+        outputs["mel_from_16k"] = log_mel(wave, 16000)
+    if (wave := case.get("wave_other")) is not None:
+        rate = case.params["other_rate"]
+        outputs["mel_from_other"] = log_mel(wave, rate)
+        outputs["resampled_16k"] = resample(wave, rate, 16000)
+    return outputs
+
+
+def run_audio_encode(case: Case) -> Outputs:
+    return {"latent": case.networks().audio_encoder()(case.given("mel"))}
+
+
+def run_audio_decode(case: Case) -> Outputs:
+    decoder = case.networks().audio_decoder()
+    return {
+        name.replace("in.latent", "mel"): decoder(latent)
+        for name, latent in case.tensors.items()
+        if name.startswith("in.")
+    }
+
+
+def run_vocoder(case: Case) -> Outputs:
+    vocoder = case.networks().vocoder()
+    spectrogram = case.given("mel")
+    outputs = {"waveform": vocoder(spectrogram)}
+    if case.expected.keys() - outputs.keys():
+        core = vocoder.core_waveform(spectrogram)
+        padded = vocoder.padded(core)
+        outputs["vocoder_16k"] = core
+        outputs["bwe_mel"] = vocoder.bwe_mel(padded)
+        outputs["bwe_residual"] = vocoder.residual(padded)
+        outputs["skip"] = vocoder.skip(padded)
+    return outputs
+
+
+def run_audio_latent_to_wave(case: Case) -> Outputs:
+    networks = case.networks()
+    vocoder = networks.vocoder()
+    assert vocoder.sample_rate == case.params.get("sampling_rate", vocoder.sample_rate)
+    return {"waveform": vocoder(networks.audio_decoder()(case.given("latent")))[0]}
+
+
+def run_upsamplers(case: Case) -> Outputs:
+    from ltxlite.models.upscaler import upscale_normalised
+
+    outputs: Outputs = {}
+    latent = case.given("latent")
+    for name, file in case.params.items():
+        if not isinstance(file, str) or not any(key.startswith(name) for key in case.expected):
+            continue
+        networks = case.networks(file)
+        upscaler = networks.upscaler_from(networks.files.all("upscaler")[-1])
+        mean, std = networks.latent_statistics()
+        outputs[f"{name}.raw"] = upscaler(latent)
+        outputs[f"{name}.normalised"] = upscale_normalised(upscaler, latent, mean, std)
+    return outputs
+
+
+NETWORK_KINDS = {
+    "schedules": run_schedules,
+    "positions": run_positions,
+    "rope": run_rope,
+    "rope_real_dims": run_rope_real_dims,
+    "dit_basic": run_dit,
+    "dit_batch2_pertoken": run_dit,
+    "dit_textmask": run_dit,
+    "dit_keyframe_tokens": run_dit,
+    "dit_keyframe_and_masked_reference": run_dit,
+    "dit_perturbed": run_dit_perturbed,
+    "dit_perturbed_mixed_batch": run_dit_perturbed_mixed_batch,
+    "dit_single_modality": run_dit_single_modality,
+    "lora": run_lora,
+    "video_encode": run_video_encode,
+    "video_decode": run_video_decode,
+    "video_latent_stats": run_video_latent_stats,
+    "mel": run_mel,
+    "audio_encode": run_audio_encode,
+    "audio_decode": run_audio_decode,
+    "vocoder": run_vocoder,
+    "audio_latent_to_wave": run_audio_latent_to_wave,
+    "upsamplers": run_upsamplers,
+}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ltxlite.checkpoint.assemble import nonfinite_parameters
 from ltxlite.conditioning import LatentState, attention_weights
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.models.passes import (
@@ -119,9 +120,7 @@ class Denoiser:
 
     def _pass(self, name: str, state: State, sigma: float, active: list[bool]) -> Pass:
         inputs: dict[bool, StreamInput] = {
-            item.sound: replace(
-                item.input(x, sigma, negative=name == "uncond"), enabled=enabled
-            )
+            item.sound: replace(item.input(x, sigma, negative=name == "uncond"), enabled=enabled)
             for item, x, enabled in zip(self._streams, state, active, strict=True)
         }
         batch = state[0].shape[0]
@@ -160,7 +159,9 @@ class _Prepared:
     def refuse_missing_negative(self, sampler_needs_it: bool) -> None:
         needs = sampler_needs_it or "uncond" in self.stream.guidance.passes(0)
         if needs and self.stream.prompt.negative is None:
-            raise RequestError("guidance needs a negative prompt, even an empty one; none was given")
+            raise RequestError(
+                "guidance needs a negative prompt, even an empty one; none was given"
+            )
 
     def input(self, x: Tensor, sigma: float, negative: bool) -> StreamInput:
         state, prompt = self.stream.state, self.stream.prompt
@@ -197,14 +198,19 @@ class _Prepared:
         self.uncond = x0.get("uncond", x0["cond"])
 
 
-def refuse_nonfinite(evaluation: Evaluation, step: int) -> None:
-    """Raise CheckpointError if a prediction holds NaN or infinity.
+def refuse_nonfinite(evaluation: Evaluation, transformer: Transformer) -> None:
+    """Raise CheckpointError if a prediction holds NaN or infinity, naming damaged weights.
 
-    Damaged weights and overflowing arithmetic otherwise show as a black clip minutes later.
+    Otherwise such weights, or overflowing fp16, show as a black clip minutes later.
     """
-    for name, x0 in zip(("first", "second"), evaluation.x0, strict=False):
-        if not bool(x0.isfinite().all()):
-            raise CheckpointError(
-                f"the {name} stream's prediction in step {step + 1} (sigma {evaluation.sigma:.4f}) "
-                "holds NaN or infinity: damaged weights, or --dtype float16 where bfloat16 is needed"
-            )
+    if all(bool(x0.isfinite().all()) for x0 in evaluation.x0):
+        return
+    damaged = nonfinite_parameters(transformer)
+    cause = (
+        f"{len(damaged)} weights are damaged ({', '.join(damaged[:3])}): download the file again"
+        if damaged
+        else "its arithmetic overflows: use --dtype bfloat16 or float32"
+    )
+    raise CheckpointError(
+        f"the transformer's prediction at sigma {evaluation.sigma:.4f} holds NaN; {cause}"
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ltxlite.errors import CheckpointError
 from ltxlite.models.connector import CONTEXT_LENGTH, Connector
 from ltxlite.networks import Networks
 
@@ -55,7 +56,13 @@ def _features(networks: Networks, rows: Sequence[list[int]]) -> list[tuple[Tenso
         # The official code pads on the left to 1024: starting there gives its rotary rounding.
         first = CONTEXT_LENGTH - len(ids)
         states = gemma.states(torch.tensor([ids], device=networks.device), first)
-        found.append(projection.features(states))
+        pair = projection.features(states)
+        if not all(bool(feature.isfinite().all()) for feature in pair):
+            raise CheckpointError(
+                "the text encoder's features hold NaN: Gemma or the text projection is damaged, "
+                "or float16 overflows in it; use --dtype bfloat16 or download them again"
+            )
+        found.append(pair)
     return found
 
 

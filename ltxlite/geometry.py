@@ -110,7 +110,7 @@ def patchify_audio(latent: Tensor) -> Tensor:
 
 def unpatchify_audio(tokens: Tensor, frames: int, channels: int) -> Tensor:
     """Turn the first `frames` audio tokens (B, T, C*M) back into a latent (B, C, T, M)."""
-    return tokens[:, :frames].unflatten(2, (channels, -1)).transpose(1, 2)
+    return tokens[:, :frames].reshape(tokens.shape[0], frames, channels, -1).transpose(1, 2)
 
 
 def video_positions(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from ltxlite_quant.tensor import QuantTensor
 from torch import Tensor, nn
 
 from ltxlite.catalog import SOURCES
@@ -30,6 +29,7 @@ from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from ltxlite.models.connector import Connector, ConnectorConfig
 from ltxlite.models.gemma import Gemma
 from ltxlite.models.gemma_config import GemmaConfig
+from ltxlite.models.generator import Generator
 from ltxlite.models.settings import Settings
 from ltxlite.models.text_projection import TextProjection, TextProjectionConfig
 from ltxlite.models.tokenizer import Tokenizer, check_vocabulary, find_tokenizer
@@ -38,7 +38,8 @@ from ltxlite.models.transformer_config import TransformerConfig
 from ltxlite.models.upscaler import LatentUpscaler, UpscalerConfig
 from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
 from ltxlite.models.video_vae_config import VideoVAEConfig
-from ltxlite.models.vocoder import VocoderConfig, build_vocoder
+from ltxlite.models.vocoder import ExtendedVocoder, VocoderConfig, build_vocoder
+from ltxlite_quant.tensor import QuantTensor
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -54,6 +55,18 @@ NAMINGS = {
     "audio_decoder": Naming(audio_vae.RENAMES, audio_vae.IGNORED),
     "vocoder": Naming(vocoder.RENAMES, vocoder.IGNORED),
     "upscaler": Naming(upscaler.RENAMES, upscaler.IGNORED),
+}
+
+# The section of the JSON configuration that describes a network.
+SECTIONS = {
+    "transformer": "transformer",
+    "video_connector": "transformer",
+    "audio_connector": "transformer",
+    "video_encoder": "vae",
+    "video_decoder": "vae",
+    "audio_encoder": "audio_vae",
+    "audio_decoder": "audio_vae",
+    "vocoder": "vocoder",
 }
 
 # What a run from prompt to clip needs, in the order in which it is reported missing.
@@ -95,6 +108,9 @@ class Networks:
 
     def __init__(self, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> None:
         self.files, self.device, self.dtype = files, device, dtype
+        # The first transcendental function of a process must not run on several threads: in torch
+        # 2.13 half of its values may come out at 3e-4 (docs/log.md, 2026-11-21).
+        torch.ones(1).exp()
         self.loaded: list[Loaded] = []
 
     def naming(self, component: str) -> Naming:
@@ -105,7 +121,7 @@ class Networks:
 
     def transformer_config(self) -> TransformerConfig:
         """Return the transformer's hyper-parameters, from JSON or, without any, from shapes."""
-        settings = self._settings("transformer", "transformer")
+        settings = self._settings("transformer", SECTIONS["transformer"])
         if settings is None:
             return TransformerConfig.from_shapes(self._shapes("transformer"))
         return TransformerConfig.from_settings(settings)
@@ -270,7 +286,7 @@ class Networks:
         config = self.audio_config()
         return self._load("audio_decoder", lambda: AudioDecoder(config))
 
-    def vocoder(self) -> nn.Module:
+    def vocoder(self) -> Generator | ExtendedVocoder:
         """Load the vocoder, always in fp32: bf16 arithmetic is audible in it."""
         config = self.vocoder_config()
         return self._load("vocoder", lambda: build_vocoder(config), torch.float32)
@@ -303,8 +319,17 @@ class Networks:
         where = f"{model.path} ({component})"
         report = assemble(network, stored, self.naming(component), dtype, where)
         network.to(self.device)
-        source = self.files.config_of(component)[1]
-        self.loaded.append(Loaded(component, model.path, report, source))
+        self.loaded.append(Loaded(component, model.path, report, self._config_source(component)))
+
+    def _config_source(self, component: str) -> str:
+        """Tell where a network's hyper-parameters came from."""
+        if component == "text_encoder":
+            return self._gemma_settings(self._need(component))[1]
+        if component == "text_projection":
+            return "tensor shapes"
+        section = SECTIONS.get(component)
+        settings = None if section is None else self._settings(component, section)
+        return "tensor names and shapes" if settings is None else settings.where
 
     def _need(self, component: str) -> OpenModel:
         model = self.files.find(component)
@@ -330,7 +355,7 @@ class Networks:
         file = model.path / "config.json"
         if model.path.is_dir() and file.is_file():
             return Settings(read_json(file), str(file)), str(file)
-        return None, "inferred from tensor shapes"
+        return None, "tensor shapes"
 
 
 def upscaler_config(model: OpenModel) -> UpscalerConfig:

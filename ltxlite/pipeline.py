@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltxlite.catalog import SOURCES
 from ltxlite.checkpoint.files import open_models
 from ltxlite.checkpoint.lora import Lora, attach, read_lora, set_strengths
 from ltxlite.encode import encode_prompts
@@ -24,7 +23,7 @@ from ltxlite.media.output import VideoSettings
 from ltxlite.media.video_writer import VideoWriter, create_video
 from ltxlite.models.rolling import decode_frames
 from ltxlite.models.transformer import Transformer
-from ltxlite.networks import Networks, missing_parts
+from ltxlite.networks import Networks
 from ltxlite.progress import Clock, Report
 from ltxlite.request import Request
 from ltxlite.stages import (
@@ -34,6 +33,7 @@ from ltxlite.stages import (
     enlarge,
     first_latents,
     needs_negative,
+    refuse_missing,
     stage_shape,
     stage_sigmas,
 )
@@ -77,13 +77,10 @@ def check(request: Request, networks: Networks) -> None:
 
     Raises CheckpointError naming every missing file and its repository, or RequestError.
     """
-    lines = missing_parts(networks.files)
-    kinds = {networks.upscaler_kind(model) for model in networks.files.all("upscaler")}
-    wanted = dict.fromkeys(stage.upscaler for stage in request.stages if stage.upscaler)
-    lines += [SOURCES[kind].advice() for kind in wanted if kind not in kinds]
-    if lines:
-        raise CheckpointError("missing files:\n  " + "\n  ".join(lines))
+    refuse_missing(request.stages, networks)
     networks.check_families()
+    for path in request.files.loras:
+        read_loras(path)
     layers = networks.transformer_config().layers
     for number, stage in enumerate(request.stages, start=1):
         stage_sigmas(stage, stage_shape(request, stage, networks))
@@ -124,11 +121,21 @@ def run_stages(
         yield latents
 
 
+def read_loras(path: str) -> list[Lora]:
+    """Read a LoRA file. Raises CheckpointError for anything else."""
+    models = open_models(Path(path))
+    if "lora" not in models[0].components:
+        raise CheckpointError(
+            f"{path}: given as a LoRA, but it holds {', '.join(models[0].components)}"
+        )
+    return [read_lora(model) for model in models]
+
+
 def attach_loras(
     request: Request, networks: Networks, transformer: Transformer, clock: Clock
 ) -> list[Lora]:
     """Hang the job's LoRA files beside the transformer and tell what of them fitted."""
-    loras = [read_lora(model) for path in request.files.loras for model in open_models(Path(path))]
+    loras = [lora for path in request.files.loras for lora in read_loras(path)]
     for report in attach(transformer, loras, networks.naming("transformer")):
         total = report.matched + len(report.unmatched)
         first = f", not {report.unmatched[0]} for example" if report.unmatched else ""
@@ -141,7 +148,8 @@ def decode_sound(networks: Networks, latent: Tensor) -> tuple[Tensor, int]:
     """Decode an audio latent (1, C, T, M) to a waveform (2, N) fp32 and its rate."""
     spectrogram = networks.audio_decoder()(latent.to(networks.dtype))
     vocoder = networks.vocoder()
-    waveform: Tensor = vocoder(spectrogram.float())[0]
+    with torch.backends.cudnn.flags(allow_tf32=False):  # fp32 is what its sound needs
+        waveform: Tensor = vocoder(spectrogram.float())[0]
     if not bool(waveform.isfinite().all()):
         raise CheckpointError("the decoded sound holds NaN: audio VAE or vocoder are damaged")
     return waveform, vocoder.sample_rate

@@ -90,9 +90,7 @@ def _first_stage(model: Model, quality: Quality) -> Stage:
     if quality == "max":
         video = Guidance(cfg=3.0, rescale=0.45, modality=3.0)
         audio = Guidance(cfg=7.0, rescale=1.0, modality=3.0)
-        return Stage(
-            sigmas="ltx:15", sampler="res_2s", video=video, audio=audio, real_tokens=True
-        )
+        return Stage(sigmas="ltx:15", sampler="res_2s", video=video, audio=audio, real_tokens=True)
     video = Guidance(
         cfg=3.0, stg=1.0, rescale=0.7, modality=3.0, stg_blocks=(model.perturbed_block,)
     )
@@ -119,7 +117,7 @@ def _refining_stage(model: Model, quality: Quality, scale: str, ratio: str) -> S
 
 
 def needs_distilled_lora(stages: tuple[Stage, ...], model: Model) -> bool:
-    """Tell whether the stages of a dev checkpoint refine without guidance, which needs that LoRA."""
+    """Tell whether some stage of a dev checkpoint refines unguided, which takes that LoRA."""
     return model.variant == "dev" and any(
         stage.video.cfg == 1.0 and stage.upscaler is not None for stage in stages
     )

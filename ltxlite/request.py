@@ -198,7 +198,9 @@ def _convert(hint: Any, value: object, where: str) -> object:
     if origin is tuple:
         return _convert_tuple(inner, value, where)
     if origin is dict:
-        return dict(value) if isinstance(value, Mapping) else _refuse(where, value, "an object")
+        if not isinstance(value, Mapping):
+            _refuse(where, value, "an object")
+        return dict(value)
     if is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -213,23 +215,23 @@ def _convert_union(kinds: tuple[Any, ...], value: object, where: str) -> object:
         return None
     concrete = [kind for kind in kinds if kind is not type(None)]
     wants_list = isinstance(value, list)
-    for kind in concrete:
-        if (typing.get_origin(kind) is tuple) == wants_list:
-            return _convert(kind, value, where)
-    return _refuse(where, value, " or ".join(str(kind) for kind in concrete))
+    fitting = [kind for kind in concrete if (typing.get_origin(kind) is tuple) == wants_list]
+    if not fitting:
+        _refuse(where, value, " or ".join(str(kind) for kind in concrete))
+    return _convert(fitting[0], value, where)
 
 
 def _convert_tuple(inner: tuple[Any, ...], value: object, where: str) -> object:
     if not isinstance(value, (list, tuple)):
-        return _refuse(where, value, "a list")
+        _refuse(where, value, "a list")
     if len(inner) == 2 and inner[1] is Ellipsis:
         return tuple(_convert(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if len(value) != len(inner):
-        return _refuse(where, value, f"a list of {len(inner)}")
+        _refuse(where, value, f"a list of {len(inner)}")
     return tuple(_convert(kind, item, where) for kind, item in zip(inner, value, strict=True))
 
 
-def _refuse(where: str, value: object, wanted: str) -> None:
+def _refuse(where: str, value: object, wanted: str) -> typing.NoReturn:
     raise RequestError(f"{where} is {value!r}, wanted {wanted}")
 
 

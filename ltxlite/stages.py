@@ -1,12 +1,13 @@
 """One sampling stage: from the previous stage's latents and a prompt to this stage's latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ltxlite import conditioning
+from ltxlite.catalog import SOURCES
 from ltxlite.conditioning import LatentState
 from ltxlite.denoise import Denoiser, Evaluation, Prompt, Stream, refuse_nonfinite
 from ltxlite.encode import Contexts
@@ -22,8 +23,8 @@ from ltxlite.geometry import (
     video_positions,
 )
 from ltxlite.models.transformer import Transformer
-from ltxlite.models.upscaler import upscale_normalised
-from ltxlite.networks import Networks
+from ltxlite.models.upscaler import LatentUpscaler, upscale_normalised
+from ltxlite.networks import Networks, missing_parts
 from ltxlite.request import Request, Stage
 from ltxlite.sampling.contract import NoiseKind, State, Tools
 from ltxlite.sampling.noise import SdeNoise, initial_noise, sde_seed, stage_seed
@@ -65,6 +66,16 @@ def needs_negative(stage: Stage) -> bool:
     scales = (guidance.cfg for guidance in (stage.video, stage.audio))
     listed = [value for cfg in scales for value in (cfg if isinstance(cfg, tuple) else (cfg,))]
     return SAMPLERS[stage.sampler].needs_uncond or any(value != 1 for value in listed)
+
+
+def refuse_missing(stages: Sequence[Stage], networks: Networks) -> None:
+    """Raise CheckpointError naming every file that the stages need and nobody gave."""
+    lines = missing_parts(networks.files)
+    kinds = {networks.upscaler_kind(model) for model in networks.files.all("upscaler")}
+    wanted = dict.fromkeys(stage.upscaler for stage in stages if stage.upscaler)
+    lines += [SOURCES[kind].advice() for kind in wanted if kind not in kinds]
+    if lines:
+        raise CheckpointError("missing files:\n  " + "\n  ".join(lines))
 
 
 def stage_shape(request: Request, stage: Stage, networks: Networks) -> ClipShape:
@@ -124,7 +135,7 @@ def enlarge(networks: Networks, latents: Latents, shape: ClipShape, kind: str) -
     return replace(latents, video=video, shape=shape)
 
 
-def find_upscaler(networks: Networks, kind: str) -> torch.nn.Module:
+def find_upscaler(networks: Networks, kind: str) -> LatentUpscaler:
     """Load the upscaler of a kind ("x2", "x1.5")."""
     for model in networks.files.all("upscaler"):
         if networks.upscaler_kind(model) == kind:
@@ -149,9 +160,7 @@ class StageRun:
         """Sampling steps of the stage."""
         return len(self.sigmas) - 1
 
-    def __call__(
-        self, given: Latents, prompts: Prompts, advance: Callable[[int], None]
-    ) -> Latents:
+    def __call__(self, given: Latents, prompts: Prompts, advance: Callable[[int], None]) -> Latents:
         """Noise the given latents (already at this stage's size) and denoise them."""
         video, audio = self._states(given)
         denoiser = self._denoiser(video, audio, prompts)
@@ -200,7 +209,7 @@ class StageRun:
         def first_is_finite(evaluation: Evaluation) -> None:
             # Only once a stage: looking at values makes the host wait for the device.
             if evaluation.sigma == self.sigmas[0]:
-                refuse_nonfinite(evaluation, 0)
+                refuse_nonfinite(evaluation, self.transformer)
 
         return Denoiser(
             self.transformer,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from golden_support import Case, Outputs
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,13 +19,21 @@ from ltxlite.geometry import (
     patchify_video,
     video_positions,
 )
-from ltxlite.linear import LowRankLinear, merged_weight
+from ltxlite.linear import merged_weight
 from ltxlite.models.block import StreamState
 from ltxlite.models.mel import log_mel, mel_filterbank, resample
-from ltxlite.models.passes import Pass, Perturbation, RowWeights, Skip, StreamInput, Timesteps, Velocity
+from ltxlite.models.passes import (
+    Pass,
+    Perturbation,
+    RowWeights,
+    Skip,
+    StreamInput,
+    Timesteps,
+    Velocity,
+)
 from ltxlite.models.rope import RopeSpec, rope_table
-from ltxlite.models.transformer import Transformer
-from ltxlite.models.transformer import RENAMES as TRANSFORMER_RENAMES
+from ltxlite.models.tiling import Span, Tiling, tiled_decode, tiled_encode
+from ltxlite.models.upscaler import upscale_normalised
 from ltxlite.sampling import schedules
 
 SKIPS = {
@@ -220,7 +229,10 @@ def run_dit_single_modality(case: Case) -> Outputs:
     transformer = case.networks().transformer()
     video, audio = stream_input(case, "video"), stream_input(case, "audio")
     outputs: Outputs = {}
-    alone = {"video": transformer(Pass(video, None)).video, "audio": transformer(Pass(None, audio)).audio}
+    alone = {
+        "video": transformer(Pass(video, None)).video,
+        "audio": transformer(Pass(None, audio)).audio,
+    }
     for stream, velocity in alone.items():
         assert velocity is not None
         outputs[f"{stream}_alone.velocity"] = velocity
@@ -277,6 +289,45 @@ def run_video_decode(case: Case) -> Outputs:
     }
 
 
+def _tiling(params: dict) -> Tiling:
+    return Tiling(*(Span(*params[axis]) for axis in ("frames", "height", "width")))
+
+
+def run_video_decode_tiled(case: Case) -> Outputs:
+    decoder = case.networks().video_decoder()
+    latent, index = case.given("latent"), case.tensors["frame_index"]
+    outputs = {"frame_index": index, "untiled": decoder(latent)[:, :, index]}
+    for name, p in case.params.items():
+        pieces = list(tiled_decode(decoder, latent, _tiling(p)))
+        lengths = [piece.shape[2] for piece in pieces]
+        assert lengths == [n for n in p["chunk_frames"] if n], f"{name}: pieces of {lengths}"
+        outputs[name] = torch.cat(pieces, dim=2)[:, :, index]
+    return outputs
+
+
+def run_video_encode_tiled(case: Case) -> Outputs:
+    encoder = case.networks().video_encoder()
+    pixels = _rebuilt_pixels(case)
+    tiled = tiled_encode(encoder, pixels, _tiling(case.params))
+    return {"tiled_latent": tiled, "untiled_latent": encoder(pixels)}
+
+
+def _rebuilt_pixels(case: Case) -> Tensor:
+    """Enlarge the stored source as the set's README says; the stored frames must come out."""
+    untiled = case.tensors["untiled_latent"].shape[2:]
+    size = (8 * untiled[0] - 7, 32 * untiled[1], 32 * untiled[2])
+    resized = F.interpolate(case.given("source"), size, mode="trilinear", align_corners=False)
+    levels = (127.5 * resized.tanh()).round().clamp(-127, 127)
+    for name, stored in case.tensors.items():
+        if name.startswith("in.pixels_int8_frame"):
+            index = [int(number) for number in name.removeprefix("in.pixels_int8_frame").split("_")]
+            off = (levels[:, :, index] - stored.float()).abs()
+            # Ties of the rounding may fall either way: at most one level, on few pixels.
+            assert off.max() <= 1, name
+            assert (off > 0).float().mean() < 1e-3, name
+    return levels / 127.5
+
+
 def run_video_latent_stats(case: Case) -> Outputs:
     decoder = case.networks().video_decoder()
     return {"mean": decoder.latent_mean, "std": decoder.latent_std}
@@ -328,8 +379,6 @@ def run_audio_latent_to_wave(case: Case) -> Outputs:
 
 
 def run_upsamplers(case: Case) -> Outputs:
-    from ltxlite.models.upscaler import upscale_normalised
-
     outputs: Outputs = {}
     latent = case.given("latent")
     for name, file in case.params.items():
@@ -359,6 +408,8 @@ NETWORK_KINDS = {
     "lora": run_lora,
     "video_encode": run_video_encode,
     "video_decode": run_video_decode,
+    "video_decode_tiled": run_video_decode_tiled,
+    "video_encode_tiled": run_video_encode_tiled,
     "video_latent_stats": run_video_latent_stats,
     "mel": run_mel,
     "audio_encode": run_audio_encode,

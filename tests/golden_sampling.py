@@ -248,7 +248,11 @@ def _with_keyframe(case: Case, state: LatentState, networks: Networks) -> Latent
     p = case.params
     k = p["keyframe"]
     positions = conditioning.keyframe_positions(
-        tuple(latent.shape[2:]), k["frame_idx"], k["num_pixel_frames"], p["fps"], networks.latent_grid()
+        tuple(latent.shape[2:]),
+        k["frame_idx"],
+        k["num_pixel_frames"],
+        p["fps"],
+        networks.latent_grid(),
     )
     return conditioning.append(state, latent, positions, k["strength"])
 

@@ -48,9 +48,7 @@ def run_connectors(case: Case) -> Outputs:
     encoder = GemmaConfig(hidden=states.shape[3], layers=states.shape[1] - 1)
     networks = case.networks()
     projection = networks.text_projection(encoder)
-    features = dict(
-        zip(("video", "audio"), projection.padded_features(states, mask), strict=True)
-    )
+    features = dict(zip(("video", "audio"), projection.padded_features(states, mask), strict=True))
     connectors = {"video": networks.video_connector(), "audio": networks.audio_connector()}
     outputs: Outputs = {"out_mask": torch.ones_like(mask)}
     for stream, feature in features.items():

@@ -87,7 +87,7 @@ def test_the_unused_statistics_of_release_files_are_ignored_by_name() -> None:
 
 
 def test_halves_reproduce_the_reference_values() -> None:
-    # Same operations in the same order as the reference: bit for bit on one machine, 1e-5 elsewhere.
+    # Same operations in the same order as the reference: equal here, 1e-5 on another machine.
     encoded = load_file(GOLDEN / "golden" / "audio_encode.safetensors")
     latent = tiny("encoder")(encoded["in.mel"])
     torch.testing.assert_close(latent, encoded["latent"], atol=1e-5, rtol=0)

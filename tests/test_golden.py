@@ -1,6 +1,7 @@
 """Every reference case of a set, one test item each: `pytest tests/test_golden.py --golden DIR`.
 
-The values were computed by the official code (LTX-2 400fd31) in fp32 on a CPU; tests/golden/README.md.
+The values were computed by the official code (LTX-2 400fd31) in fp32 on a CPU, see
+tests/golden/README.md.
 A case is dispatched by its `kind`; an unknown kind or an unknown stored tensor fails.
 """
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from ltxlite_quant.formats import BlockFormat
-from ltxlite_quant.tensor import QuantTensor
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError
 from ltxlite.linear import swap_linears
+from ltxlite_quant.formats import BlockFormat
+from ltxlite_quant.tensor import QuantTensor
 
 _SHOWN = 5
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltxlite_quant.formats import BlockFormat
-from ltxlite_quant.tensor import QuantTensor
-from ltxlite_quant.containers import Container, open_container
-from ltxlite_quant.mapped import TensorEntry
 from torch import Tensor
 
 from ltxlite.checkpoint.config import embedded_config, parse_json
 from ltxlite.checkpoint.recognise import BY_NAME, components_in, foreign
 from ltxlite.errors import CheckpointError
+from ltxlite_quant.containers import Container, open_container
+from ltxlite_quant.formats import BlockFormat
+from ltxlite_quant.mapped import TensorEntry
+from ltxlite_quant.tensor import QuantTensor
 
 SUFFIXES = (".safetensors", ".gguf")
 INDEX = "model.safetensors.index.json"
@@ -109,7 +109,9 @@ def _open_shards(folder: Path) -> OpenModel:
     index = folder / INDEX
     table = parse_json(_read_text(index), str(index)).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise CheckpointError(f"{index}: no weight_map of tensor names to shards; download it again")
+        raise CheckpointError(
+            f"{index}: no weight_map of tensor names to shards; download it again"
+        )
     shards = []
     for name in sorted(set(table.values())):
         if Path(name).name != name:
@@ -154,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class ModelFiles:
-    """Everything the user named, in order of precedence: the first model with a component has it."""
+    """Everything the user named; of several models with a part, the first one serves it."""
 
     def __init__(self, models: Sequence[OpenModel]) -> None:
         self.models = tuple(models)

@@ -9,16 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from ltxlite_quant.tensor import QuantTensor
 from torch import Tensor, nn
 
 from ltxlite.checkpoint.assemble import Naming, Stored
 from ltxlite.checkpoint.files import OpenModel
 from ltxlite.errors import CheckpointError
 from ltxlite.linear import LowRankLinear, LowRankTerm, QuantLinear
+from ltxlite_quant.tensor import QuantTensor
 
 _PREFIX = re.compile(r"^(?:model\.diffusion_model\.|diffusion_model\.|transformer\.)")
-_FACTOR = re.compile(r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight$")
+_FACTOR = re.compile(
+    r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight$"
+)
 _ALPHA = re.compile(r"^(?P<module>.+)\.alpha$")
 _REFUSED = (
     (re.compile(r"dora_scale|\.magnitude"), "DoRA"),
@@ -138,5 +140,7 @@ def _refuse_kinds(names: Iterable[str], where: str) -> None:
 def _factor(model: OpenModel, key: str) -> int:
     text = str(model.metadata.get(key, "1"))
     if not text.isdigit() or not 1 <= int(text) <= 64:
-        raise CheckpointError(f"{model.path}: {key} is {text!r}, wanted a whole number from 1 to 64")
+        raise CheckpointError(
+            f"{model.path}: {key} is {text!r}, wanted a whole number from 1 to 64"
+        )
     return int(text)

@@ -70,6 +70,7 @@ def _reported() -> tuple[type[BaseException], ...]:
     if "torch" not in sys.modules:
         return kinds
     import torch
+
     from ltxlite_quant.formats import FormatError
 
     return (*kinds, FormatError, torch.OutOfMemoryError)

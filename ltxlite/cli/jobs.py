@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ltxlite.checkpoint.files import ModelFiles
+from ltxlite.catalog import SOURCES
+from ltxlite.checkpoint.files import ModelFiles, OpenModel
 from ltxlite.checkpoint.variant import variant_of
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import size_multiple
@@ -24,9 +25,9 @@ from ltxlite.presets import (
     needs_distilled_lora,
     stages_for,
 )
-from ltxlite.catalog import SOURCES
 from ltxlite.request import Files, Output, Request, Stage, parse_fraction
 from ltxlite.sampling.settings import Guidance
+from ltxlite.stages import refuse_missing
 
 Note = Callable[[str], None]
 DEFAULT_FRAMES = 121
@@ -44,6 +45,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
     stages = _stages(options, model)
     if needs_distilled_lora(stages, model) and not options.distilled_lora:
         raise CheckpointError(f"missing: {SOURCES['distilled_lora'].advice()}, or use --stages 1")
+    refuse_missing(stages, networks)
     stages = _with_loras(stages, strengths, bool(options.distilled_lora))
     width, height, crop = _size(options, stages, networks, note)
     request = Request(
@@ -60,7 +62,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         device=options.device,
         dtype=options.dtype,
     )
-    _lint(request, networks, note)
+    _lint(request, networks, model, bool(options.distilled_lora), note)
     return request, networks
 
 
@@ -112,21 +114,36 @@ def split_lora(text: str) -> tuple[str, tuple[float, ...]]:
 
 def open_networks(files: Files, device: str, dtype: str) -> Networks:
     """Open all files of a job, headers only. Raises CheckpointError if one is not usable."""
-    named = (
-        files.text_encoder,
-        files.vae,
-        files.audio_vae,
-        files.connectors,
-        files.text_projection,
-        *files.upscalers,
-        files.model,
+    slots = (
+        ("--text-encoder", files.text_encoder, ("text_encoder",)),
+        ("--vae", files.vae, ("video_decoder", "video_encoder")),
+        ("--audio-vae", files.audio_vae, ("audio_decoder", "vocoder")),
+        ("--connectors", files.connectors, ("video_connector", "audio_connector")),
+        ("--text-projection", files.text_projection, ("text_projection",)),
+        *(("--upscaler", path, ("upscaler",)) for path in files.upscalers),
+        ("--model", files.model, ()),
     )
-    opened = ModelFiles.open([Path(path) for path in named if path is not None])
+    opened: list[OpenModel] = []
+    for flag, path, wanted in slots:
+        if path is not None:
+            opened += _open_slot(flag, Path(path), wanted)
     for path in files.loras:
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such LoRA file")
     chosen = _device(device)
-    return Networks(opened, chosen, _dtype(dtype, chosen))
+    return Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen))
+
+
+def _open_slot(flag: str, path: Path, wanted: tuple[str, ...]) -> list[OpenModel]:
+    """Open what a flag names; a file that holds nothing of the wanted parts is refused."""
+    models = list(ModelFiles.open([path]).models)
+    held = {component for model in models for component in model.components}
+    if wanted and not held & set(wanted):
+        raise CheckpointError(
+            f"{path}: given with {flag}, which wants {' or '.join(wanted)}, but it holds "
+            f"{', '.join(sorted(held))}"
+        )
+    return models
 
 
 def _device(name: str) -> torch.device:
@@ -281,7 +298,9 @@ def _frames(options: argparse.Namespace, networks: Networks, note: Note) -> int:
     return snapped
 
 
-def _lint(request: Request, networks: Networks, note: Note) -> None:
+def _lint(
+    request: Request, networks: Networks, model: Model, distilled_lora: bool, note: Note
+) -> None:
     grid = networks.latent_grid()
     first = request.stages[0].fraction
     tokens = (
@@ -294,5 +313,7 @@ def _lint(request: Request, networks: Networks, note: Note) -> None:
             f"warning: the first stage has {tokens} latent places; beyond {ADVISED_TOKENS} "
             "quality falls (grids, lost colour): smaller, shorter or one stage more helps"
         )
+    if model.variant == "distilled" and distilled_lora:
+        note("warning: a distilled LoRA on a distilled checkpoint overcooks the picture; drop one")
     if not request.prompt.strip():
         note("the prompt is empty: the clip will be whatever the model likes")

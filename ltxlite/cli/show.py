@@ -26,9 +26,10 @@ class SecondsPerStep(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return "1.23 s/step", or nothing before the first step is done."""
-        if not task.completed or task.elapsed is None:
+        elapsed = task.finished_time or task.elapsed
+        if not task.completed or elapsed is None:
             return Text("")
-        return Text(f"{task.elapsed / task.completed:.2f} s/step")
+        return Text(f"{elapsed / task.completed:.2f} s/step")
 
 
 class Terminal(Report):
@@ -62,7 +63,7 @@ class Terminal(Report):
     def note(self, text: str) -> None:
         """Print a line above the bars."""
         if not self._quiet:
-            self._progress.console.print(text, markup=False, highlight=False)
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, part: str, steps: int) -> None:
         """Complete the last bar and begin the next."""
@@ -79,6 +80,7 @@ class Terminal(Report):
         if self._task is not None:
             total = self._progress.tasks[self._task].total
             self._progress.update(self._task, completed=total)
+            self._progress.stop_task(self._task)
         self._task = None
 
 

@@ -19,7 +19,14 @@ TOKEN_CHUNK = 1024  # rows of a 4096-wide feed-forward then hold 32 MiB in bf16
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """Divide rows (..., C) by their root mean square, then scale by `weight` if there is one."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if x.is_cuda or torch.is_grad_enabled():
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # On a CPU that is five passes with a square of x in memory; this is two or three.
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    wide = wide * scale if wide is x else wide.mul_(scale)
+    return (wide if weight is None else wide.mul_(weight)).to(x.dtype)
 
 
 def chunks(tokens: int, size: int) -> Iterator[slice]:
@@ -151,8 +158,9 @@ class Attention(nn.Module):
         key: Tensor | None = None
         for rows in chunks(tokens, size):
             x = source(rows)
-            k, v = self.k_norm(self.to_k(x)), self.to_v(x)
+            k = rms_norm(self.to_k(x), self.eps, self.k_norm.weight)
             k = rope.rotate(k, rows) if rope else k
+            v = self.to_v(x)
             if k.shape[1] == tokens:
                 return KeyValue(k, v)
             if key is None:
@@ -163,7 +171,7 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rope: Rope | None, rows: slice) -> Tensor:
         """Project query sources (B, t, C), the tokens `rows` of their sequence, to (B, t, W)."""
-        q: Tensor = self.q_norm(self.to_q(x))
+        q = rms_norm(self.to_q(x), self.eps, self.q_norm.weight)
         return rope.rotate(q, rows) if rope else q
 
     def output(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -196,5 +204,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, t, C) to (B, t, C)."""
-        out: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        hidden = self.up(x)
+        if torch.is_grad_enabled():
+            hidden = F.gelu(hidden, approximate="tanh")
+        else:  # the widest activation of a block exists once, not twice
+            torch.ops.aten.gelu_(hidden, approximate="tanh")
+        out: Tensor = self.down(hidden)
         return out

@@ -1,5 +1,4 @@
-"""Runs the video VAE along time: frames come out as they are decoded, in memory that clip length
-does not change.
+"""Runs the video VAE along time, in memory that does not grow with the clip.
 
 Every layer works place by place or on three neighbouring frames. So each convolution keeps the last
 two frames it saw, and the clip passes through in groups of frames: the result is that of one pass
@@ -29,7 +28,7 @@ from ltxlite.models.video_vae import (
     unpatchify,
 )
 
-GROUP_BYTES = 64 << 20  # two frames at the finest level of 1920x1088 in bf16
+GROUP_BYTES = 32 << 20  # a frame at the finest level of 1920x1088 in bf16, eight of 640x384
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ def decode_frames(
     group_bytes: the size that no activation of a group should exceed; one frame is the least.
     Raises ShapeError for another layout.
     """
-    decoder.prepare(latent[:, :, :1])
+    decoder.check(latent)
     return _decode(decoder, latent, group_bytes)
 
 

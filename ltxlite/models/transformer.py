@@ -105,7 +105,7 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype activations are computed in: that of a norm, which is never quantized."""
-        return self.blocks[0].video.self_attention.q_norm.weight.dtype
+        return self.get_parameter("blocks.0.video.self_attention.q_norm.weight").dtype
 
     def forward(self, given: Pass) -> Velocity:
         """Predict the velocities of one pass.

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError, ShapeError
-from ltxlite.geometry import LatentGrid
 from ltxlite.models.video_vae_config import COLOURS, Block, Padding, Stride, VideoVAEConfig
 
 NORM_EPSILON = 1e-8  # the audio VAE has 1e-6
@@ -95,15 +94,21 @@ class CausalConv3d(nn.Module):
         """Convolve frames whose neighbours are given: (B, F + 2, C, Y, X) to (B, F, N, Y, X)."""
         weight = self.conv.weight.transpose(1, 2).flatten(1, 2)  # (N, 3 C, 3, 3)
         batch, frames, _, rows, columns = x.shape
+        if frames - 2 <= TRIPLES:
+            return self._triples(x, weight)
         out = x.new_empty(batch, frames - 2, weight.shape[0], rows, columns)
         for start in range(0, frames - 2, TRIPLES):
-            triples = x[:, start : start + TRIPLES + 2].unfold(1, 3, 1).movedim(-1, 2)
-            planes = triples.reshape(-1, weight.shape[1], rows, columns)
-            if self.padding == "reflect":
-                planes = F.pad(planes, (1, 1, 1, 1), mode="reflect")
-            planes = F.conv2d(planes, weight, self.conv.bias, padding=self.edge)
-            out[:, start : start + TRIPLES] = planes.view(batch, -1, *out.shape[2:])
+            part = x[:, start : start + TRIPLES + 2]
+            out[:, start : start + TRIPLES] = self._triples(part, weight)
         return out
+
+    def _triples(self, x: Tensor, weight: Tensor) -> Tensor:
+        triples = x.unfold(1, 3, 1).movedim(-1, 2)  # (B, F, 3, C, Y, X), a view
+        planes = triples.reshape(-1, weight.shape[1], *x.shape[3:])
+        if self.padding == "reflect":
+            planes = F.pad(planes, (1, 1, 1, 1), mode="reflect")
+        planes = F.conv2d(planes, weight, self.conv.bias, padding=self.edge)
+        return planes.view(x.shape[0], -1, *planes.shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.window(self.pad(x))
@@ -176,7 +181,10 @@ class DepthToSpaceUpsample(nn.Module):
         self.stride = block.stride
         places = math.prod(block.stride)
         outputs = _divide(width * places, block.multiplier, "decoder_blocks")
-        self.repeats = _divide(places, block.multiplier, "decoder_blocks") if block.residual else 0
+        self.repeats = 0
+        if block.residual:
+            _divide(width, places, "decoder_blocks")
+            self.repeats = _divide(places, block.multiplier, "decoder_blocks")
         self.conv = CausalConv3d(width, outputs, causal=False, padding=padding)
 
     def unfold(self, window: Tensor) -> Tensor:
@@ -227,9 +235,19 @@ class VideoEncoder(_LatentScale):
             width *= block.multiplier
         self.conv_out = CausalConv3d(width, config.latent_channels + 1, True, padding)
 
+    def check(self, pixels: Tensor) -> None:
+        """Raise ShapeError unless pixels are (B, 3, F, H, W) of a size on the grid."""
+        unit = self.config.grid.space
+        fits = pixels.ndim == 5 and pixels.shape[1] == COLOURS and 0 not in pixels.shape
+        if not fits or pixels.shape[3] % unit or pixels.shape[4] % unit:
+            raise ShapeError(
+                f"VideoEncoder: got pixels of shape {tuple(pixels.shape)}, wanted "
+                f"(batch, {COLOURS}, frames, height, width), sizes in multiples of {unit}"
+            )
+
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Check pixels (B, 3, F, H, W); return them as (B, F, C, H/4, W/4) in the weights' dtype."""
-        _check_pixels(pixels, self.config.grid)
+        """Check pixels (B, 3, F, H, W); return them patchified, (B, F, C, H/4, W/4)."""
+        self.check(pixels)
         return patchify(pixels.to(self.conv_in.conv.weight.dtype), self.config.patch)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -269,14 +287,18 @@ class VideoDecoder(_LatentScale):
             width //= block.multiplier
         self.conv_out = CausalConv3d(width, COLOURS * config.patch**2, False, padding)
 
-    def prepare(self, latent: Tensor) -> Tensor:
-        """Check and unnormalise a latent; return it as (B, F, C, Y, X) in the weights' dtype."""
+    def check(self, latent: Tensor) -> None:
+        """Raise ShapeError unless a latent is (B, C, F', Y, X)."""
         channels = self.config.latent_channels
         if latent.ndim != 5 or latent.shape[1] != channels or 0 in latent.shape:
             raise ShapeError(
                 f"VideoDecoder: got a latent of shape {tuple(latent.shape)}, "
                 f"wanted (batch, {channels}, frames, rows, columns)"
             )
+
+    def prepare(self, latent: Tensor) -> Tensor:
+        """Check and unnormalise a latent; return it as (B, F, C, Y, X) in the weights' dtype."""
+        self.check(latent)
         latent = unnormalise(latent, self.latent_mean, self.latent_std)
         return latent.to(self.conv_in.conv.weight.dtype).transpose(1, 2)
 
@@ -291,15 +313,6 @@ class VideoDecoder(_LatentScale):
         for block in self.up_blocks:
             x = block(x)
         return unpatchify(self.conv_out(activate(x)), self.config.patch)
-
-
-def _check_pixels(pixels: Tensor, grid: LatentGrid) -> None:
-    fits = pixels.ndim == 5 and pixels.shape[1] == COLOURS and 0 not in pixels.shape
-    if not fits or pixels.shape[3] % grid.space or pixels.shape[4] % grid.space:
-        raise ShapeError(
-            f"VideoEncoder: got pixels of shape {tuple(pixels.shape)}, wanted "
-            f"(batch, {COLOURS}, frames, height, width), sizes in multiples of {grid.space}"
-        )
 
 
 # Names as they stand after the prefix `vae.`.  The two halves are separate modules which both own

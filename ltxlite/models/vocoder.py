@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError
 from ltxlite.models import mel
-from ltxlite.models.generator import Generator, GeneratorConfig
+from ltxlite.models.generator import Generator, GeneratorConfig, require_fp32
 from ltxlite.models.settings import Settings
 
 # The filter of the skip path: a sinc under one Hann lobe of 6 zero crossings a side.
@@ -161,6 +161,7 @@ class ExtendedVocoder(nn.Module):
         Raises ShapeError for another layout or weights that are not fp32.
         Source: LTX-2 400fd31 audio_vae/vocoder.py VocoderWithBWE.
         """
+        require_fp32(self)
         low = self.core_waveform(spectrogram)
         padded = self.padded(low)
         full = self.residual(padded) + self.skip(padded)

@@ -98,9 +98,7 @@ class Loaded:
             for name, count in sorted(self.report.tensors.items())
         )
         ignored = f"; {len(self.report.ignored)} unused" if self.report.ignored else ""
-        return (
-            f"{self.component} from {self.path} ({stored}{ignored}), config: {self.config_source}"
-        )
+        return f"{self.component}: {self.path} ({stored}{ignored}); config: {self.config_source}"
 
 
 class Networks:
@@ -112,6 +110,7 @@ class Networks:
         # 2.13 half of its values may come out at 3e-4 (docs/log.md, 2026-11-21).
         torch.ones(1).exp()
         self.loaded: list[Loaded] = []
+        self.on_load: Callable[[Loaded], None] | None = None
 
     def naming(self, component: str) -> Naming:
         """Return how a network's checkpoint names become module names."""
@@ -320,6 +319,8 @@ class Networks:
         report = assemble(network, stored, self.naming(component), dtype, where)
         network.to(self.device)
         self.loaded.append(Loaded(component, model.path, report, self._config_source(component)))
+        if self.on_load is not None:
+            self.on_load(self.loaded[-1])
 
     def _config_source(self, component: str) -> str:
         """Tell where a network's hyper-parameters came from."""
@@ -346,7 +347,7 @@ class Networks:
         config, where = self.files.config_of(component)
         if config is None or not isinstance(config.get(section), Mapping):
             return None
-        return Settings(config[section], f"{where}: config.{section}")
+        return Settings(config[section], f"{Path(where).name}: config.{section}")
 
     def _gemma_settings(self, model: OpenModel) -> tuple[Settings | None, str]:
         if (text := model.metadata.get("gemma_config")) is not None:

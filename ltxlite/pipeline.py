@@ -57,6 +57,7 @@ def generate(request: Request, networks: Networks, report: Report) -> Result:
     Raises LtxliteError for anything the user can mend, most of it before weights are loaded.
     """
     check(request, networks)
+    networks.on_load = lambda loaded: report.note(loaded.line())
     clock = Clock(report)
     clock.begin("encode prompt", 1)
     prompts = encode(request, networks, clock)
@@ -67,8 +68,6 @@ def generate(request: Request, networks: Networks, report: Report) -> Result:
     waveform, rate = decode_sound(networks, latents.audio)
     clock.begin("decode picture", request.frames)
     write_clip(request, decode_picture(networks, latents.video), (waveform, rate), clock)
-    for line in networks.loaded:
-        report.note(line.line())
     return Result(Path(request.output.path), request.frames, clock.finish())
 
 

@@ -158,16 +158,19 @@ class Attention(nn.Module):
         key: Tensor | None = None
         for rows in chunks(tokens, size):
             x = source(rows)
-            k = rms_norm(self.to_k(x), self.eps, self.k_norm.weight)
-            k = rope.rotate(k, rows) if rope else k
-            v = self.to_v(x)
-            if k.shape[1] == tokens:
-                return KeyValue(k, v)
+            if x.shape[1] == tokens:
+                return KeyValue(self._keys(x, rope, rows), self.to_v(x))
             if key is None:
-                key, value = (k.new_empty(k.shape[0], tokens, k.shape[2]) for _ in range(2))
-            key[:, rows], value[:, rows] = k, v
+                shape = (x.shape[0], tokens, self.k_norm.weight.shape[0])
+                key, value = x.new_empty(shape), x.new_empty(shape)
+            key[:, rows] = self._keys(x, rope, rows)
+            value[:, rows] = self.to_v(x)
         assert key is not None
         return KeyValue(key, value)
+
+    def _keys(self, x: Tensor, rope: Rope | None, rows: slice) -> Tensor:
+        key = rms_norm(self.to_k(x), self.eps, self.k_norm.weight)
+        return rope.rotate(key, rows) if rope else key
 
     def queries(self, x: Tensor, rope: Rope | None, rows: slice) -> Tensor:
         """Project query sources (B, t, C), the tokens `rows` of their sequence, to (B, t, W)."""

@@ -78,7 +78,7 @@ class LatentState:
 
 def start(initial: Tensor, positions: Tensor) -> LatentState:
     """Begin a state from tokens (B, T, C) and their positions (1, A, T, 2): generate everything."""
-    mask = torch.ones(*initial.shape[:2], 1)
+    mask = initial.new_ones(*initial.shape[:2], 1)
     return LatentState(initial, initial, mask, positions, initial.shape[1])
 
 
@@ -95,7 +95,7 @@ def place_image(
     first_token: where its tokens begin (latent frame index times Y*X).  strength 1 keeps them
     exactly, less lets them be denoised from 1 - strength of the noise.
     """
-    tokens = patchify_video(latent)
+    tokens = patchify_video(latent).to(state.clean)
     stop = first_token + tokens.shape[1]
     if stop > state.target:
         raise ShapeError(
@@ -104,7 +104,7 @@ def place_image(
         )
     clean, mask = state.clean.clone(), state.mask.clone()
     clean[:, first_token:stop] = tokens
-    mask[:, first_token:stop] = 1 - _strength(strength)
+    mask[:, first_token:stop].fill_(1 - _strength(strength))
     return replace(state, clean=clean, mask=mask)
 
 
@@ -119,18 +119,18 @@ def append(
 
     weight: (n,) attention weights between its tokens and the target, None for 1 without a mask.
     """
-    tokens = patchify_video(latent)
+    tokens = patchify_video(latent).to(state.clean)
     count = tokens.shape[1]
     if positions.shape[2] != count:
         raise ShapeError(f"condition: {count} tokens but {positions.shape[2]} positions")
-    mask = torch.full((*tokens.shape[:2], 1), 1 - _strength(strength))
+    mask = tokens.new_full((*tokens.shape[:2], 1), 1 - _strength(strength))
     group = Group(state.tokens, state.tokens + count, weight)
     return replace(
         state,
         initial=torch.cat([state.initial, torch.zeros_like(tokens)], dim=1),
         clean=torch.cat([state.clean, tokens], dim=1),
         mask=torch.cat([state.mask, mask], dim=1),
-        positions=torch.cat([state.positions, positions], dim=2),
+        positions=torch.cat([state.positions, positions.to(state.positions)], dim=2),
         groups=(*state.groups, group),
     )
 
@@ -176,7 +176,7 @@ def mask_region(
     state: LatentState, latent: Tensor, keep: Tensor, strength: float = 1.0
 ) -> LatentState:
     """Keep a region of a source: latent (B, C, F, Y, X), keep (B, T) in [0, 1] per token."""
-    tokens, kept = patchify_video(latent), keep[..., None]
+    tokens, kept = patchify_video(latent).to(state.clean), keep[..., None].to(state.mask)
     clean = state.clean * (1 - kept) + tokens * kept
     mask = state.mask * (1 - kept) + (1 - _strength(strength)) * kept
     return replace(state, clean=clean, mask=mask)

@@ -145,7 +145,7 @@ _GEMMA = {
     "rope_local_base_freq": 1e4,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
-_UPSCALER = {
+UPSCALER_CONFIG = {
     "in_channels": 8,
     "mid_channels": 32,
     "num_blocks_per_stage": 1,
@@ -181,7 +181,7 @@ def write_demo_model(folder: Path, note: Callable[[str], None]) -> list[Path]:
     generator = torch.Generator().manual_seed(_SEED)
     gemma, pieces = _gemma_config()
     _save(paths[0], _model_tensors(gemma, generator), {"config": CONFIG, "model_version": "2.3.0"})
-    _save(paths[1], _upscaler_tensors(generator), {"config": _UPSCALER})
+    _save(paths[1], _upscaler_tensors(generator), {"config": UPSCALER_CONFIG})
     text = _tensors("text_encoder", Gemma(gemma), generator)
     text["spiece_model"] = torch.frombuffer(bytearray(pieces), dtype=torch.uint8)
     _save(paths[2], text, {"gemma_config": {"text_config": _gemma_settings(gemma)}})
@@ -214,7 +214,7 @@ def _model_tensors(gemma: GemmaConfig, generator: torch.Generator) -> dict[str, 
 
 
 def _upscaler_tensors(generator: torch.Generator) -> dict[str, Tensor]:
-    config = UpscalerConfig.from_settings(Settings(_UPSCALER, "demo"))
+    config = UpscalerConfig.from_settings(Settings(UPSCALER_CONFIG, "demo"))
     with torch.device("meta"):
         network = LatentUpscaler(config)
     tensors = _tensors("upscaler", network, generator)

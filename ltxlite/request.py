@@ -31,6 +31,7 @@ class Stage:
     the size stays.  loras: strength of each LoRA file in this stage; the last one serves the rest.
     sound: what happens to the previous stage's sound: "refine" noises and denoises it again,
     "keep" does so for the picture's sake but ships the earlier sound, "freeze" holds it fixed.
+    noise: how much noise the stage starts from, 0 to 1; None means its first sigma.
     real_tokens: the ltx schedule shifts by this stage's token count instead of 4096.
     seed: of this stage's initial noise; None derives it from the job's.
     """
@@ -44,6 +45,7 @@ class Stage:
     upscaler: Upscaler | None = None
     loras: tuple[float, ...] = ()
     sound: Sound = "refine"
+    noise: float | None = None
     real_tokens: bool = False
     seed: int | None = None
 
@@ -51,6 +53,8 @@ class Stage:
         check_sampler(self.sampler, self.sampler_options)
         if not 0 < self.fraction <= 1:
             raise RequestError(f"stage scale is {self.scale!r}, wanted a fraction above 0, up to 1")
+        if self.noise is not None and not 0 <= self.noise <= 1:
+            raise RequestError(f"stage noise is {self.noise}, wanted 0 to 1")
         _one_of("stage sound", self.sound, Sound)
         if self.upscaler is not None:
             _one_of("stage upscaler", self.upscaler, Upscaler)

@@ -197,7 +197,8 @@ class StageRun:
         shapes = [state.initial.shape for state in (video, audio)]
         noises = initial_noise(shapes, seed, self.networks.device)
         pairs = zip((video, audio), noises, strict=True)
-        return tuple(state.noised(noise, self.sigmas[0]) for state, noise in pairs)
+        scale = self.sigmas[0] if self.stage.noise is None else self.stage.noise
+        return tuple(state.noised(noise, scale) for state, noise in pairs)
 
     def _sde_noise(self, shapes: list[torch.Size]) -> SdeNoise:
         seeds = {kind: sde_seed(self.request.seed, self.number, kind) for kind in SDE_KINDS}

@@ -12,11 +12,11 @@ from safetensors import safe_open
 
 from ltxlite.checkpoint.files import ModelFiles
 from ltxlite.cli import main
-from ltxlite.cli.jobs import open_networks
 from ltxlite.linear import QuantLinear
 from ltxlite.media.container import read_metadata
 from ltxlite.media.video_reader import read_video
 from ltxlite.networks import Networks
+from ltxlite.opening import open_networks
 from ltxlite.pipeline import JOB_TAG, encode, run_stages
 from ltxlite.progress import Clock, Report
 from ltxlite.request import Files, Output, Request, Stage

@@ -84,10 +84,20 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "beta:8, or numbers such as 0.85,0.725,0.42,0; may be repeated",
     )
     group.add_argument("--sampler", action="append", help="sampler of a stage, in order; repeat")
-    group.add_argument("--cfg", metavar="V[:A]", help="guidance of stage 1, picture and sound")
+    group.add_argument(
+        "--cfg",
+        metavar="V[:A]",
+        help="guidance of stage 1, picture and sound; 2,2,1 gives one value a step",
+    )
     group.add_argument("--stg", metavar="V[:A]", help="self-attention guidance of stage 1")
     group.add_argument("--modality", metavar="V[:A]", help="modality guidance of stage 1")
     group.add_argument("--rescale", metavar="V[:A]", help="guidance rescale of stage 1, 0 to 1")
+    group.add_argument(
+        "--skip-step", metavar="V[:A]", help="reuse stage 1's guided prediction for V steps"
+    )
+    group.add_argument(
+        "--guidance-mode", choices=("cfg", "cfg_star", "apg"), help="of stage 1 (default cfg)"
+    )
     group.add_argument(
         "--sound",
         choices=("refine", "keep", "freeze"),

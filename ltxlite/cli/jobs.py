@@ -7,16 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from ltxlite.catalog import SOURCES
-from ltxlite.checkpoint.files import ModelFiles, OpenModel
 from ltxlite.checkpoint.variant import variant_of
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import size_multiple
 from ltxlite.media.container import read_metadata
 from ltxlite.networks import Networks, missing_parts
+from ltxlite.opening import open_networks
 from ltxlite.pipeline import JOB_TAG
 from ltxlite.presets import (
     NEGATIVE_PROMPT,
@@ -32,6 +31,7 @@ from ltxlite.stages import refuse_missing
 Note = Callable[[str], None]
 DEFAULT_FRAMES = 121
 DEFAULT_OUTPUT = "out.mp4"
+TALLEST, WIDEST_SQUARE = 1600, 1536  # pixels (features A3)
 ADVISED_TOKENS = 15_000  # of the first stage; beyond 20 000 grids and colour loss (features A3)
 
 
@@ -112,59 +112,6 @@ def split_lora(text: str) -> tuple[str, tuple[float, ...]]:
     return match[1], tuple(float(number) for number in match[2].split(","))
 
 
-def open_networks(files: Files, device: str, dtype: str) -> Networks:
-    """Open all files of a job, headers only. Raises CheckpointError if one is not usable."""
-    slots = (
-        ("--text-encoder", files.text_encoder, ("text_encoder",)),
-        ("--vae", files.vae, ("video_decoder", "video_encoder")),
-        ("--audio-vae", files.audio_vae, ("audio_decoder", "vocoder")),
-        ("--connectors", files.connectors, ("video_connector", "audio_connector")),
-        ("--text-projection", files.text_projection, ("text_projection",)),
-        *(("--upscaler", path, ("upscaler",)) for path in files.upscalers),
-        ("--model", files.model, ()),
-    )
-    opened: list[OpenModel] = []
-    for flag, path, wanted in slots:
-        if path is not None:
-            opened += _open_slot(flag, Path(path), wanted)
-    for path in files.loras:
-        if not Path(path).is_file():
-            raise CheckpointError(f"{path}: no such LoRA file")
-    chosen = _device(device)
-    return Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen))
-
-
-def _open_slot(flag: str, path: Path, wanted: tuple[str, ...]) -> list[OpenModel]:
-    """Open what a flag names; a file that holds nothing of the wanted parts is refused."""
-    models = list(ModelFiles.open([path]).models)
-    held = {component for model in models for component in model.components}
-    if wanted and not held & set(wanted):
-        raise CheckpointError(
-            f"{path}: given with {flag}, which wants {' or '.join(wanted)}, but it holds "
-            f"{', '.join(sorted(held))}"
-        )
-    return models
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RequestError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device {name}: torch sees no CUDA GPU here; use --device cpu")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return dtypes[name]
-
-
 def _model(networks: Networks, variant: str | None, note: Note) -> Model:
     found = networks.files.find("transformer")
     if found is None:
@@ -208,33 +155,42 @@ def _with_steps(sigmas: str, steps: int) -> str:
 
 
 def _guided(stage: Stage, options: argparse.Namespace, model: Model) -> Stage:
-    video, audio = {}, {}
-    for name in ("cfg", "stg", "modality", "rescale"):
+    """Return the first stage with the guidance that the flags change, picture and sound apart."""
+    changes: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name in ("cfg", "stg", "modality", "rescale", "skip_step"):
         text = getattr(options, name)
-        if text is None:
-            continue
-        first, _, second = text.partition(":")
-        video[name] = _number(name, first)
-        audio[name] = _number(name, second or first)
+        if text is not None:
+            first, _, second = text.partition(":")
+            changes[0][name] = _value(name, first)
+            changes[1][name] = _value(name, second or first)
+    if options.guidance_mode is not None:
+        for stream in changes:
+            stream["mode"] = options.guidance_mode
     blocks = (model.perturbed_block,)
     return replace(
         stage,
-        video=_guidance(stage.video, video, blocks),
-        audio=_guidance(stage.audio, audio, blocks),
+        video=_guidance(stage.video, changes[0], blocks),
+        audio=_guidance(stage.audio, changes[1], blocks),
     )
 
 
-def _guidance(base: Guidance, changes: dict[str, float], blocks: tuple[int, ...]) -> Guidance:
+def _guidance(base: Guidance, changes: dict[str, Any], blocks: tuple[int, ...]) -> Guidance:
     if changes.get("stg") and not base.stg_blocks:
-        return replace(base, **changes, stg_blocks=blocks)  # type: ignore[arg-type]
-    return replace(base, **changes)  # type: ignore[arg-type]
+        changes = {**changes, "stg_blocks": blocks}
+    return replace(base, **changes)
 
 
-def _number(name: str, text: str) -> float:
+def _value(name: str, text: str) -> float | int | tuple[float, ...]:
     try:
-        return float(text)
+        if name == "skip_step":
+            return int(text)
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise RequestError(f"--{name} {text!r}: wanted a number, or two as 3:7") from None
+        flag = name.replace("_", "-")
+        raise RequestError(f"--{flag} {text!r}: wanted a number, or two as 3:7") from None
+    if len(values) > 1 and name != "cfg":
+        raise RequestError(f"--{name} {text!r}: only --cfg takes one value a step")
+    return values if len(values) > 1 else values[0]
 
 
 def _with_loras(
@@ -313,6 +269,10 @@ def _lint(
             f"warning: the first stage has {tokens} latent places; beyond {ADVISED_TOKENS} "
             "quality falls (grids, lost colour): smaller, shorter or one stage more helps"
         )
+    if request.height >= TALLEST > request.width:
+        note(f"warning: portrait clips of {TALLEST} rows and more tend to fall apart")
+    if request.width == request.height and request.width > WIDEST_SQUARE:
+        note(f"warning: square clips above {WIDEST_SQUARE} pixels may shift in colour")
     if model.variant == "distilled" and distilled_lora:
         note("warning: a distilled LoRA on a distilled checkpoint overcooks the picture; drop one")
     if not request.prompt.strip():

@@ -1,0 +1,63 @@
+"""Opens the files of a job, headers only, and chooses device and dtype."""
+
+from pathlib import Path
+
+import torch
+
+from ltxlite.checkpoint.files import ModelFiles, OpenModel
+from ltxlite.errors import CheckpointError, RequestError
+from ltxlite.networks import Networks
+from ltxlite.request import Files
+
+
+def open_networks(files: Files, device: str, dtype: str) -> Networks:
+    """Open all files of a job, headers only. Raises CheckpointError if one is not usable."""
+    slots = (
+        ("--text-encoder", files.text_encoder, ("text_encoder",)),
+        ("--vae", files.vae, ("video_decoder", "video_encoder")),
+        ("--audio-vae", files.audio_vae, ("audio_decoder", "vocoder")),
+        ("--connectors", files.connectors, ("video_connector", "audio_connector")),
+        ("--text-projection", files.text_projection, ("text_projection",)),
+        *(("--upscaler", path, ("upscaler",)) for path in files.upscalers),
+        ("--model", files.model, ()),
+    )
+    opened: list[OpenModel] = []
+    for flag, path, wanted in slots:
+        if path is not None:
+            opened += _open_slot(flag, Path(path), wanted)
+    for path in files.loras:
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path}: no such LoRA file")
+    chosen = _device(device)
+    return Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen))
+
+
+def _open_slot(flag: str, path: Path, wanted: tuple[str, ...]) -> list[OpenModel]:
+    """Open what a flag names; a file that holds nothing of the wanted parts is refused."""
+    models = list(ModelFiles.open([path]).models)
+    held = {component for model in models for component in model.components}
+    if wanted and not held & set(wanted):
+        raise CheckpointError(
+            f"{path}: given with {flag}, which wants {' or '.join(wanted)}, but it holds "
+            f"{', '.join(sorted(held))}"
+        )
+    return models
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {name}: torch sees no CUDA GPU here; use --device cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes[name]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ltxlite.catalog import SOURCES
 from ltxlite.checkpoint.assemble import LoadReport, Naming, assemble
 from ltxlite.checkpoint.config import parse_json
-from ltxlite.checkpoint.files import ModelFiles, OpenModel, StoredTensor, read_json
+from ltxlite.checkpoint.files import ModelFiles, OpenModel, read_json
+from ltxlite.checkpoint.stored import StoredTensor
 from ltxlite.errors import CheckpointError
 from ltxlite.geometry import AudioGrid, LatentGrid
 from ltxlite.models import (
@@ -48,7 +49,7 @@ NAMINGS = {
     "video_connector": Naming(connector.RENAMES, connector.IGNORED),
     "audio_connector": Naming(connector.RENAMES, connector.IGNORED),
     "text_projection": Naming(text_projection.RENAMES, text_projection.IGNORED),
-    "text_encoder": Naming(gemma.RENAMES, gemma.IGNORED, gemma.FLOAT32),
+    "text_encoder": Naming(gemma.RENAMES + gemma.GGUF_RENAMES, gemma.IGNORED, gemma.FLOAT32),
     "video_encoder": Naming(video_vae.RENAMES, video_vae.ENCODER_IGNORED),
     "video_decoder": Naming(video_vae.RENAMES, video_vae.DECODER_IGNORED),
     "audio_encoder": Naming(audio_vae.RENAMES, audio_vae.IGNORED),
@@ -159,9 +160,12 @@ class Networks:
         """Return the text encoder's hyper-parameters."""
         model = self._need("text_encoder")
         settings, _ = self._gemma_settings(model)
-        if settings is None:
-            return GemmaConfig.from_shapes(self._shapes("text_encoder"))
-        return GemmaConfig.from_settings(settings)
+        if settings is not None:
+            return GemmaConfig.from_settings(settings)
+        shapes = self._shapes("text_encoder")
+        offset = 0.0 if "output_norm.weight" in shapes else 1.0  # GGUF files store w + 1
+        rename = self.naming("text_encoder").rename
+        return GemmaConfig.from_shapes({rename(name): shapes[name] for name in shapes}, offset)
 
     def latent_grid(self) -> LatentGrid:
         """Return how pixels scale to video latents."""
@@ -353,9 +357,13 @@ class Networks:
         if (text := model.metadata.get("gemma_config")) is not None:
             where = f"{model.path}: metadata key 'gemma_config'"
             return Settings(parse_json(str(text), where), where), where
-        file = model.path / "config.json"
-        if model.path.is_dir() and file.is_file():
-            return Settings(read_json(file), str(file)), str(file)
+        folder = model.path if model.path.is_dir() else model.path.parent
+        file = folder / "config.json"
+        if model.path.suffix != ".gguf" and file.is_file():
+            config = read_json(file)
+            # Beside a single file, in a mixed folder, it may describe something else.
+            if model.path.is_dir() or "gemma" in str(config.get("model_type")):
+                return Settings(config, str(file)), str(file)
         return None, "tensor shapes"
 
 

@@ -157,7 +157,7 @@ def decode_sound(networks: Networks, latent: Tensor) -> tuple[Tensor, int]:
 def decode_picture(networks: Networks, latent: Tensor) -> Iterator[Tensor]:
     """Yield decoded frames (f, 3, H, W) in about [-1, 1] as they are finished."""
     decoder = networks.video_decoder()
-    for frames in decode_frames(decoder, latent.to(networks.dtype)):
+    for frames in decode_frames(decoder, latent):
         yield frames[0].transpose(0, 1)
 
 

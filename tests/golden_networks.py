@@ -89,9 +89,8 @@ def run_rope(case: Case) -> Outputs:
     outputs: Outputs = {}
     for name, p in case.params.items():
         layout, precision, which = name.split(".")
-        spec = RopeSpec(
-            p["dim"], p["heads"], tuple(p["max_pos"]), layout=layout, float64=precision == "float64"
-        )
+        theta, float64 = p.get("theta", 10000.0), precision == "float64"
+        spec = RopeSpec(p["dim"], p["heads"], tuple(p["max_pos"]), theta, layout, float64)
         rope = rope_table(_rope_positions(case, name, which, p), spec)
         outputs[f"{name}.cos"] = _table(rope.cos, layout)
         outputs[f"{name}.sin"] = _table(rope.sin, layout)
@@ -307,15 +306,15 @@ def run_video_decode_tiled(case: Case) -> Outputs:
 
 def run_video_encode_tiled(case: Case) -> Outputs:
     encoder = case.networks().video_encoder()
-    pixels = _rebuilt_pixels(case)
+    pixels = _rebuilt_pixels(case, encoder.config.grid)
     tiled = tiled_encode(encoder, pixels, _tiling(case.params))
     return {"tiled_latent": tiled, "untiled_latent": encoder(pixels)}
 
 
-def _rebuilt_pixels(case: Case) -> Tensor:
+def _rebuilt_pixels(case: Case, grid: LatentGrid) -> Tensor:
     """Enlarge the stored source as the set's README says; the stored frames must come out."""
-    untiled = case.tensors["untiled_latent"].shape[2:]
-    size = (8 * untiled[0] - 7, 32 * untiled[1], 32 * untiled[2])
+    frames, rows, columns = case.tensors["untiled_latent"].shape[2:]
+    size = (grid.pixel_frames(frames), grid.space * rows, grid.space * columns)
     resized = F.interpolate(case.given("source"), size, mode="trilinear", align_corners=False)
     levels = (127.5 * resized.tanh()).round().clamp(-127, 127)
     for name, stored in case.tensors.items():

@@ -10,7 +10,6 @@ from ltxlite import conditioning
 from ltxlite.conditioning import LatentState
 from ltxlite.denoise import Denoiser, Evaluation, Prompt, Stream
 from ltxlite.geometry import (
-    AudioGrid,
     ClipShape,
     audio_positions,
     patchify_audio,
@@ -154,7 +153,8 @@ def run_sampler_euler(case: Case) -> Outputs:
 
 
 def run_sampler_gradient(case: Case) -> Outputs:
-    return _sampler_case(case, Run(case, "euler_gradient"))
+    gamma = case.params.get("ge_gamma", 2.0)
+    return _sampler_case(case, Run(case, "euler_gradient", {"gamma": gamma}))
 
 
 def run_sampler_res2s(case: Case) -> Outputs:
@@ -234,9 +234,9 @@ def _with_image(case: Case, state: LatentState) -> LatentState:
     if latent is None:
         return state
     p = case.params
-    image = p.get("image", p)
-    index = image.get("latent_index", 0)
-    strength = image["strength"] if "latent_index" in image else 1.0
+    # Without an entry of its own the image stands at the start; `strength` is then another's.
+    image = p.get("image", p if "latent_index" in p else {})
+    index, strength = image.get("latent_index", 0), image.get("strength", 1.0)
     first = index * latent.shape[3] * latent.shape[4]
     return conditioning.place_image(state, latent, first, strength)
 
@@ -323,7 +323,9 @@ def _pipeline_stage(
     latent = (shape.frames, shape.rows, shape.columns)
     positions = video_positions(latent, shape.fps, networks.latent_grid())
     video = conditioning.start(video_tokens, positions)
-    audio = conditioning.start(audio_tokens, audio_positions(shape.audio_frames, AudioGrid()))
+    audio = conditioning.start(
+        audio_tokens, audio_positions(shape.audio_frames, networks.audio_grid())
+    )
     image = case.get(f"image_stage{stage}")
     if image is not None:
         encoded = networks.video_encoder()(image.float())

@@ -61,7 +61,7 @@ def test_inspect_reads_upscalers_and_loras(capsys: pytest.CaptureFixture[str]) -
         GOLDEN / "tiny-distilled-lora-r4.safetensors",
     )
     assert [file["components"] for file in told["files"]] == [["upscaler"], ["lora"]]
-    assert "(3, 2)" in told["files"][0]["networks"]["upscaler"]
+    assert "x1.5, 8 channels" in told["files"][0]["networks"]["upscaler"]
 
 
 def test_doctor_reports_the_machine_and_what_real_files_would_tell(
@@ -129,3 +129,10 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         main([])
     assert stop.value.code == 0
     assert "generate" in capsys.readouterr().out
+
+
+def test_the_help_lists_every_sampler() -> None:
+    from ltxlite.cli.generate import SAMPLERS as LISTED
+    from ltxlite.sampling.samplers import SAMPLERS
+
+    assert sorted(LISTED.split(", ")) == sorted(SAMPLERS)

@@ -181,6 +181,13 @@ def old_settings() -> Settings:
     return Settings(values, "config.transformer")
 
 
+def test_theta_of_the_transformer_is_not_the_connectors() -> None:
+    """The official builder passes it to the transformer alone (ltx-core 1.0.0 and later)."""
+    theta = Settings({"positional_embedding_theta": 5000.0}, "config.transformer")
+    for sound in (False, True):
+        assert ConnectorConfig.from_settings(theta, sound).theta == 10000.0
+
+
 def test_the_configuration_of_2_0_gives_its_published_sizes() -> None:
     for sound in (False, True):
         config = ConnectorConfig.from_settings(old_settings(), sound)

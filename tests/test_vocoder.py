@@ -192,6 +192,21 @@ def test_a_core_that_ends_inside_a_frame_is_padded_and_cropped_again() -> None:
     assert torch.equal(network(mel), full[..., : 3 * 91])
 
 
+def test_an_extension_may_double_the_rate() -> None:
+    """Every release triples it; the official code takes any whole factor."""
+    double = replace(SMALL, rates=(5, 4, 4, 2), kernels=(9, 8, 8, 4), snake=True, bound="none")
+    config = ExtensionConfig(double, window=128, output_rate=32000)
+    network = ExtendedVocoder(VocoderConfig(replace(SMALL, snake=True), config))
+    random_weights(network, 0.1)
+    assert network(noise(1, 2, 40, 64)).shape == (1, 2, 2 * 6 * 40)
+    time = torch.arange(1600) / 16000
+    low = torch.sin(2 * math.pi * 500 * time).expand(1, 2, -1)
+    full = network.skip(low)
+    wanted = torch.sin(2 * math.pi * 500 * torch.arange(3200) / 32000).expand(1, 2, -1)
+    # Six zero crossings of a windowed sinc pass 500 Hz to 2e-3; the ends see repeated samples.
+    assert (full - wanted)[..., 32:-32].abs().max() < 5e-3
+
+
 def test_the_skip_path_interpolates_a_sine() -> None:
     def sine(rate: int, samples: int) -> Tensor:
         return torch.sin(2 * math.pi * 1000 * torch.arange(samples) / rate).expand(1, 2, -1)
@@ -275,7 +290,8 @@ def test_other_layouts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("part", "key", "value"),
     [
-        ("bwe", "output_sampling_rate", 32000),
+        ("bwe", "output_sampling_rate", 32000),  # twice the input; hop and rates say three times
+        ("bwe", "output_sampling_rate", 40000),
         ("bwe", "hop_length", 160),
         ("bwe", "n_fft", 1024),
         ("bwe", "num_mels", 80),

@@ -31,7 +31,7 @@ def describe(model: OpenModel) -> dict[str, Any]:
         "model_version": ".".join(map(str, model_version(model.metadata))) or None,
         "variant": variant[0] if variant and "transformer" in model.components else None,
         "variant_from": variant[1] if variant and "transformer" in model.components else None,
-        "config": "in the file" if _has_config(model) else "none: taken from names and shapes",
+        "config": _config_place(model),
         "networks": _networks(model),
         "unclaimed": unknown,
     }
@@ -57,8 +57,12 @@ def lines_of(item: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _has_config(model: OpenModel) -> bool:
-    return model.config() is not None or "gemma_config" in model.metadata or model.path.is_dir()
+def _config_place(model: OpenModel) -> str:
+    if model.config() is not None or "gemma_config" in model.metadata:
+        return "in the file"
+    if (model.path / "config.json").is_file():
+        return "config.json"
+    return "none: taken from names and shapes"
 
 
 def _networks(model: OpenModel) -> dict[str, str]:
@@ -66,12 +70,12 @@ def _networks(model: OpenModel) -> dict[str, str]:
     networks = Networks(ModelFiles([model]), torch.device("cpu"), torch.float32)
     readers = {
         "transformer": lambda: _transformer(networks),
-        "video_connector": lambda: str(networks.connector_config(sound=False)),
-        "audio_connector": lambda: str(networks.connector_config(sound=True)),
+        "video_connector": lambda: _connector(networks, sound=False),
+        "audio_connector": lambda: _connector(networks, sound=True),
         "video_decoder": lambda: _video(networks),
-        "audio_decoder": lambda: str(networks.audio_config()),
+        "audio_decoder": lambda: _audio(networks),
         "vocoder": lambda: f"{networks.vocoder_config().sample_rate} Hz",
-        "upscaler": lambda: str(upscaler_config(model)),
+        "upscaler": lambda: _upscaler(model),
         "text_encoder": lambda: _gemma(networks),
     }
     lines = {}
@@ -101,6 +105,25 @@ def _video(networks: Networks) -> str:
         f"{config.latent_channels} channels; padding: encoder {config.encoder_padding}, "
         f"decoder {config.decoder_padding}"
     )
+
+
+def _connector(networks: Networks, sound: bool) -> str:
+    config = networks.connector_config(sound)
+    gated = "gated" if config.gated else "not gated"
+    return f"{config.layers} layers, width {config.width}, {config.registers} registers, {gated}"
+
+
+def _audio(networks: Networks) -> str:
+    grid = networks.audio_grid()
+    return (
+        f"{networks.audio_config().latent_channels} channels of {networks.audio_bins()} bins, "
+        f"{grid.latents_per_second:g} latents a second of {grid.rate} Hz sound"
+    )
+
+
+def _upscaler(model: OpenModel) -> str:
+    config = upscaler_config(model)
+    return f"{config.kind}, {config.latent_channels} channels, width {config.width}"
 
 
 def _gemma(networks: Networks) -> str:

@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from ltxlite.pipeline import Result
     from ltxlite.request import Request
 
+SAMPLERS = (
+    "euler, euler_gradient, euler_ancestral, euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2m, "
+    "er_sde, res_2s"
+)
 EXAMPLE = """example:
   ltxlite generate --model ltx-2.3-22b-distilled-1.1.safetensors --text-encoder gemma-3-12b/ \\
       --upscaler ltx-2.3-spatial-upscaler-x2-1.1.safetensors \\
@@ -65,25 +69,35 @@ def _add_clip(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (defaults come from the checkpoint's variant)")
-    group.add_argument("--variant", choices=("dev", "distilled"), help="kind of checkpoint")
+    group.add_argument(
+        "--variant",
+        choices=("dev", "distilled"),
+        help="kind of checkpoint (default: read from its header or name)",
+    )
     group.add_argument(
         "--quality",
         choices=("draft", "balanced", "max"),
         default="balanced",
         help="draft: the first stage alone at half size; max: res_2s (default balanced)",
     )
-    group.add_argument("--stages", type=int, choices=(1, 2, 3), help="number of stages (default 2)")
+    group.add_argument(
+        "--stages", type=int, choices=(1, 2, 3), help="number of stages (default 2; 1 for draft)"
+    )
     group.add_argument(
         "--upscale-by", choices=("x2", "x1.5"), default="x2", help="between stages (default x2)"
     )
-    group.add_argument("--steps", type=int, help="steps of the first stage")
+    group.add_argument("--steps", type=int, help="steps of the first stage (default by variant)")
     group.add_argument(
         "--sigmas",
         action="append",
         help="schedule of a stage, in order: distilled, stage2, ltx:30, linq:8, simple:8, "
         "beta:8, or numbers such as 0.85,0.725,0.42,0; may be repeated",
     )
-    group.add_argument("--sampler", action="append", help="sampler of a stage, in order; repeat")
+    group.add_argument(
+        "--sampler",
+        action="append",
+        help=f"sampler of a stage, in order: {SAMPLERS}; may be repeated",
+    )
     group.add_argument(
         "--cfg",
         metavar="V[:A]",

@@ -62,7 +62,8 @@ class ConnectorConfig:
         """Read one connector from the `transformer` section of a checkpoint's configuration.
 
         An absent `audio_connector_*` key means the `connector_*` one (2.0); an absent
-        `connector_positional_embedding_max_pos` means [1], as in the official code.
+        `connector_positional_embedding_max_pos` means [1], as in the official code, which leaves
+        theta at 10000 here whatever `positional_embedding_theta` gives the transformer.
         Raises CheckpointError on values that are not implemented.
         """
         heads = settings.integer("connector_num_attention_heads", 30)
@@ -89,7 +90,6 @@ class ConnectorConfig:
             gated=settings.flag("connector_apply_gated_attention", False),
             feed_forward_bias=settings.flag("connector_ff_bias", True),
             max_position=limits[0],
-            theta=settings.number("positional_embedding_theta", 10000.0),
             rope_layout=settings.take("rope_type", "split"),
             rope_float64=settings.take("frequencies_precision", "float32") == "float64",
         )

@@ -64,10 +64,10 @@ class ExtensionConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.output_rate != 3 * self.input_rate:
+        if self.output_rate % self.input_rate:
             raise CheckpointError(
                 f"vocoder.bwe: {self.input_rate} to {self.output_rate} Hz, "
-                "ltxlite implements a factor of 3"
+                "ltxlite implements whole factors; every release has 3"
             )
         if self.generator.hop != self.ratio * self.hop or self.hop > self.window:
             raise CheckpointError(

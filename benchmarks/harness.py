@@ -120,7 +120,7 @@ def _gate(case: Case, able: Sequence[tuple[Row, Callable[[], Outputs]]]) -> None
 
 
 def relative_error(actual: Outputs, expected: Outputs) -> float:
-    """Return the largest difference over the largest value, the worst of all outputs; may be NaN."""
+    """Return the largest difference over the largest value, of the worst output; may be NaN."""
     if actual.keys() != expected.keys():
         return float("nan")
     errors = [
@@ -130,9 +130,7 @@ def relative_error(actual: Outputs, expected: Outputs) -> float:
     return float(torch.stack(errors).max())
 
 
-def _interleave(
-    case: Case, able: Sequence[tuple[Row, Callable[[], Outputs]]], runs: int
-) -> None:
+def _interleave(case: Case, able: Sequence[tuple[Row, Callable[[], Outputs]]], runs: int) -> None:
     for turn in range(runs):
         first = turn % len(able)  # nobody always runs behind the same neighbour's caches
         for row, run in (*able[first:], *able[:first]):

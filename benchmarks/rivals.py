@@ -7,6 +7,7 @@ they are installed (`pip install -e .[rivals]`) and named as missing if they are
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Rival:
 
     def missing(self) -> str | None:
         """Say in one line why this rival cannot run here; None if it can."""
+        hide_broken_torchaudio()
         for module in self.modules:
             try:
                 importlib.import_module(module)
@@ -41,6 +43,18 @@ class Rival:
                     return f"not installed: {INSTALL}"
                 return f"installed but cannot be imported: {error}"
         return None
+
+
+def hide_broken_torchaudio() -> None:
+    """Let `import torchaudio` fail as if it were absent, if the installed one cannot be loaded.
+
+    ltx-core brings it from PyPI, built for CUDA: beside a CPU torch its library does not load, and
+    diffusers, which finds it installed, dies of that. No transformer needs it.
+    """
+    try:
+        importlib.import_module("torchaudio")
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]  # what the import system reads
 
 
 def _given(pass_: Pass) -> tuple[StreamInput, StreamInput]:
@@ -129,15 +143,17 @@ def _diffusers_settings(settings: Settings) -> dict[str, Any]:
 
 
 def _diffusers(settings: Settings, weights: Weights, pass_: Pass) -> Run:
-    """Build diffusers' transformer; it takes scaled levels and is told the 2.3 cross rule."""
-    from diffusers import LTX2VideoTransformer3DModel
+    """Build diffusers' transformer; it takes scaled levels and is told the 2.3 cross rule.
+
+    Its default attention backend is torch's scaled_dot_product_attention, like ours.
+    """
+    from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
 
     with torch.device("meta"):
         model = LTX2VideoTransformer3DModel(**_diffusers_settings(settings))
     renamed = {diffusers_name(name): value for name, value in weights.items()}
     model.load_state_dict(renamed, strict=True, assign=True)
     model.eval()
-    model.set_attention_backend("native")  # torch's scaled_dot_product_attention
     video, audio = _given(pass_)
     scale = settings["timestep_scale_multiplier"]
     given = {
@@ -162,6 +178,6 @@ def _diffusers(settings: Settings, weights: Weights, pass_: Pass) -> Run:
 
 
 RIVALS = (
-    Rival("diffusers", ("diffusers",), _diffusers),
+    Rival("diffusers", ("diffusers", "diffusers.models.transformers.transformer_ltx2"), _diffusers),
     Rival("ltx-core", ("ltx_core", "ltx_core.model.transformer"), _ltx_core),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ltxlite.errors import ShapeError
 from ltxlite_kernels.dequant import dequantize
-from ltxlite_quant import QuantTensor
+from ltxlite_quant import QuantTensor, scaled
 
 # Largest decoded piece of a weight. It fits the second-level cache of an Ada card, and the matmul
 # loses nothing at LTX token counts (kernels/README.md); a whole 16384x4096 bf16 weight is 134 MB.
@@ -24,8 +24,8 @@ ROW_MULTIPLE = 256
 class QuantLinear(nn.Module):
     """A Linear whose weight stays quantized; a piece at a time is decoded for the product.
 
-    Buffers: blocks (N, row_bytes) uint8 and bias (N,) or None.  Attributes: format, out_features,
-    in_features.  The weight is decoded to the dtype of the input.
+    Buffers: blocks (N, row_bytes) uint8, bias (N,) or None, and the format's parts by their names.
+    Attributes: format, out_features, in_features.  The weight is decoded to the dtype of the input.
     """
 
     blocks: Tensor
@@ -43,6 +43,9 @@ class QuantLinear(nn.Module):
             )
         self.register_buffer("blocks", weight.blocks)
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.part_names = tuple(weight.parts)
+        for name, part in weight.parts.items():
+            self.register_buffer(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + bias.  x: (..., K) floating; returns (..., N) in its dtype.
@@ -60,8 +63,17 @@ class QuantLinear(nn.Module):
 
     def decoded(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Return rows of the weight, decoded: (rows, K) in `dtype`."""
+        if self.format.name in scaled.SCALINGS:
+            parts = {name: self.get_buffer(name) for name in self.part_names}
+            columns = self.in_features
+            return scaled.dequantize(self.blocks, self.format, parts, columns, dtype, rows)
         blocks = self.blocks[rows]
         return dequantize(blocks, self.format, (len(blocks), self.in_features), dtype)
+
+    def is_finite(self) -> bool:
+        """Tell whether every weight is a finite number; decodes all of them."""
+        pieces = row_pieces(self.out_features, self.in_features * torch.float32.itemsize)
+        return all(bool(self.decoded(torch.float32, rows).isfinite().all()) for rows in pieces)
 
     def _product(self, x: Tensor, rows: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[rows].to(x.dtype)

@@ -42,7 +42,8 @@ def test_a_plain_format_has_the_element_size_of_its_dtype(row):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (12, "f.gguf: 'x': Q4_K tensors are not supported yet"),
+        (19, "f.gguf: 'x': IQ1_S tensors are not supported yet; use a file of .*Q4_K"),
+        (35, "f.gguf: 'x': TQ2_0 tensors are not supported yet"),
         (4, "Q4_2 .* was retired"),
         (31, "Q4_0_4_4 .* was retired"),
         (77, "GGML type 77 is unknown"),
@@ -58,18 +59,21 @@ def test_a_quantized_format_is_no_safetensors_dtype():
         plain_format("Q8_0", "w")
 
 
-@pytest.mark.parametrize("shape", [(32,), (3, 64), (5, 7, 96)])
-def test_shapes_convert_both_ways_like_gguf_py(shape):
-    q8_0 = FORMATS["Q8_0"]
-    stored = byte_shape(shape, q8_0)
-    assert stored == quant_shape_to_byte_shape(shape, gguf.GGMLQuantizationType.Q8_0)
-    assert logical_shape(stored, q8_0) == shape
-    assert shape == quant_shape_from_byte_shape(stored, gguf.GGMLQuantizationType.Q8_0)
+@pytest.mark.parametrize("row", GGML_FORMATS, ids=lambda row: row.name)
+@pytest.mark.parametrize("rows", [(), (3,), (5, 7)])
+def test_shapes_convert_both_ways_like_gguf_py(rows, row):
+    shape, kind = (*rows, 3 * row.block_size), gguf.GGMLQuantizationType[row.name]
+    stored = byte_shape(shape, row)
+    assert stored == quant_shape_to_byte_shape(shape, kind)
+    assert logical_shape(stored, row) == shape
+    assert shape == quant_shape_from_byte_shape(stored, kind)
 
 
 def test_uneven_rows_are_refused_with_what_to_do():
     with pytest.raises(FormatError, match=r"a\.w: Q8_0 needs .* multiple of 32 .* got 33 .* BF16"):
         byte_shape((2, 33), FORMATS["Q8_0"], "a.w")
+    with pytest.raises(FormatError, match=r"Q4_K needs .* multiple of 256 .* got 4000"):
+        byte_shape((2, 4000), FORMATS["Q4_K"], "a.w")
     with pytest.raises(FormatError, match="34 bytes, which does not divide rows of 35 bytes"):
         logical_shape((2, 35), FORMATS["Q8_0"], "a.w")
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError
-from ltxlite.linear import swap_linears
+from ltxlite.linear import QuantLinear, swap_linears
 from ltxlite_quant.formats import BlockFormat
+from ltxlite_quant.scaled import stored_shape
 from ltxlite_quant.tensor import QuantTensor
 
 _SHOWN = 5
@@ -106,18 +107,21 @@ def assemble(
     ignored = tuple(sorted(name for name in stored if naming.is_ignored(name)))
     used = {naming.rename(name): item for name, item in stored.items() if name not in set(ignored)}
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    shapes = {name: _matched(item.shape, expected.get(name)) for name, item in used.items()}
+    shapes = {name: _matched(item, expected.get(name)) for name, item in used.items()}
     check_names(expected, shapes, where)
     linears = _linear_weights(model)
     quantized, plain = {}, {}
     for name, item in used.items():
-        loaded = item.load()
+        loaded = _without_padding(item.load(), expected[name])
         if isinstance(loaded, QuantTensor) and name in linears:
             quantized[name] = loaded
         else:
             kept = torch.float32 if naming.keeps_float32(name) else dtype
             plain[name] = _values(loaded, kept).reshape(expected[name])
     _refuse_nonfinite(plain, where)
+    for name, weight in quantized.items():
+        scales = {f"{name} ({part})": value.flatten() for part, value in weight.parts.items()}
+        _refuse_nonfinite(scales, where)
     swap_linears(model, {name.removesuffix(".weight"): q for name, q in quantized.items()})
     model.load_state_dict(plain, strict=False, assign=True)
     model.requires_grad_(False).eval()
@@ -125,12 +129,20 @@ def assemble(
     return _report(used.values(), ignored)
 
 
-def _matched(shape: tuple[int, ...], wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    # Quantizers drop or add dimensions of size one (formats.md 6, case 2).
-    squeezed = tuple(size for size in shape if size != 1)
+def _matched(item: Stored, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    # Quantizers drop or add dimensions of size one (formats.md 6, case 2) and pad matrices.
+    squeezed = tuple(size for size in item.shape if size != 1)
     if wanted and squeezed == tuple(size for size in wanted if size != 1):
         return wanted
-    return shape
+    if wanted and item.shape == stored_shape(item.format, wanted):
+        return wanted
+    return item.shape
+
+
+def _without_padding(loaded: Tensor | QuantTensor, shape: tuple[int, ...]) -> Tensor | QuantTensor:
+    if not isinstance(loaded, QuantTensor) or loaded.shape == shape:
+        return loaded
+    return loaded.cropped(shape) if loaded.shape == stored_shape(loaded.format, shape) else loaded
 
 
 def _values(loaded: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
@@ -145,19 +157,27 @@ def _linear_weights(model: nn.Module) -> set[str]:
 
 
 def _refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
-    # Vectors only: they are read anyway and cost nothing, while checking matrices would read all
-    # 46 GB; a NaN in a matrix is found by name when the first prediction is not finite.
+    # Vectors and scales only: they are read anyway and cost nothing, while checking matrices would
+    # read all 46 GB; a NaN in a matrix is found by name when the first prediction is not finite.
     for name, value in tensors.items():
         if value.dim() < 2 and value.is_floating_point() and not bool(value.isfinite().all()):
             raise CheckpointError(f"{where}: {name} holds NaN or infinity; download it again")
 
 
 def nonfinite_parameters(model: nn.Module) -> list[str]:
-    """Return the names of parameters and buffers with NaN or infinity; reads all of them."""
-    return [
+    """Return the names of parameters and buffers with NaN or infinity; reads all of them.
+
+    Quantized weights are decoded, a piece at a time.
+    """
+    damaged = [
         name
         for name, value in model.state_dict().items()
         if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    return damaged + [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and not module.is_finite()
     ]
 
 

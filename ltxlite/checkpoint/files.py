@@ -5,47 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ltxlite.checkpoint.config import embedded_config, parse_json
+from ltxlite.checkpoint.flavours import fold
 from ltxlite.checkpoint.recognise import BY_NAME, components_in, foreign
+from ltxlite.checkpoint.stored import StoredTensor
 from ltxlite.errors import CheckpointError
 from ltxlite_quant.containers import Container, open_container
-from ltxlite_quant.formats import BlockFormat
-from ltxlite_quant.mapped import TensorEntry
-from ltxlite_quant.tensor import QuantTensor
 
 SUFFIXES = (".safetensors", ".gguf")
 INDEX = "model.safetensors.index.json"
 _INDEX_LIMIT = 64 << 20  # the index of Gemma's five shards is 0.1 MB
 _SEARCH_DEPTH = 2  # a folder, its components' folders, Gemma's folder
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of an open container."""
-
-    container: Container
-    entry: TensorEntry
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
-        return self.entry.shape
-
-    @property
-    def format(self) -> BlockFormat:
-        """How it is stored."""
-        return self.entry.format
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self.entry.nbytes
-
-    def load(self) -> Tensor | QuantTensor:
-        """Read it, zero-copy where the file allows."""
-        return self.container.load(self.entry.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +89,12 @@ def _open_shards(folder: Path) -> OpenModel:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: this shard is missing; download it")
         shards.append(open_container(folder / name))
-    model = _from_containers(folder, shards)
-    if lost := sorted(table.keys() - model.tensors.keys()):
+    present = {name for shard in shards for name in shard.tensors}
+    if lost := sorted(table.keys() - present):
         raise CheckpointError(
             f"{index}: {len(lost)} tensors are in no shard ({lost[0]}, ...); download them again"
         )
-    return model
+    return _from_containers(folder, shards)
 
 
 def _from_containers(path: Path, containers: Sequence[Container]) -> OpenModel:
@@ -134,6 +104,7 @@ def _from_containers(path: Path, containers: Sequence[Container]) -> OpenModel:
         for name, entry in container.tensors.items():
             tensors[name] = StoredTensor(container, entry)
         metadata.update(container.metadata)
+    tensors = fold(tensors, metadata, str(path))
     found = tuple(components_in(tensors))
     if not found:
         kind = foreign(tensors) or "no part of LTX-2 that ltxlite knows"

@@ -32,7 +32,7 @@ class ActivationMeter(TorchDispatchMode):
     """
 
     def __init__(self, device: str | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.current_bytes = 0
         self.peak_bytes = 0

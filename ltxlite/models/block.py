@@ -16,6 +16,7 @@ from ltxlite.models.layers import (
     FeedForward,
     KeyValue,
     TokenRows,
+    add_gated_rows,
     add_rows,
     attention,
     modulate,
@@ -85,12 +86,12 @@ class StreamBlock(nn.Module):
 
         kv = module.keys_values(source, x.shape[1], state.rope.own, chunk)
 
-        def update(rows: slice) -> Tensor:
+        def update(rows: slice) -> tuple[Tensor, Tensor]:
             queries = source(rows)
             mixed = self._mix(queries, kv, state, rows, skip)
-            return module.output(queries, mixed) * table.row(2, rows)
+            return module.output(queries, mixed), table.row(2, rows)
 
-        state.x = add_rows(x, update, chunk)
+        state.x = add_gated_rows(x, update, chunk)
 
     def _mix(
         self, x: Tensor, kv: KeyValue, state: StreamState, rows: slice, skip: bool | Tensor
@@ -112,15 +113,20 @@ class StreamBlock(nn.Module):
         )
         table = state.modulation.plus(self.table, x.dtype)
 
-        def update(rows: slice) -> Tensor:
+        def plain(rows: slice) -> Tensor:
             queries = rms_norm(x[:, rows], self.eps)
-            if self.prompt_table is None:
-                return module(queries, kv, rows=rows, bias=state.context_bias)
-            text = table.modulation(6, rows)
-            queries = modulate(queries, text.shift, text.scale)
-            return module(queries, kv, rows=rows, bias=state.context_bias) * text.gate
+            out: Tensor = module(queries, kv, rows=rows, bias=state.context_bias)
+            return out
 
-        state.x = add_rows(x, update, chunk)
+        def modulated(rows: slice) -> tuple[Tensor, Tensor]:
+            text = table.modulation(6, rows)
+            queries = modulate(rms_norm(x[:, rows], self.eps), text.shift, text.scale)
+            return module(queries, kv, rows=rows, bias=state.context_bias), text.gate
+
+        if self.prompt_table is None:
+            state.x = add_rows(x, plain, chunk)
+        else:
+            state.x = add_gated_rows(x, modulated, chunk)
 
     def _modulated_context(self, state: StreamState) -> Tensor:
         if self.prompt_table is None:
@@ -137,12 +143,12 @@ class StreamBlock(nn.Module):
         x = state.x
         table = state.modulation.plus(self.table, x.dtype)
 
-        def update(rows: slice) -> Tensor:
+        def update(rows: slice) -> tuple[Tensor, Tensor]:
             ff = table.modulation(3, rows)
             hidden = modulate(rms_norm(x[:, rows], self.eps), ff.shift, ff.scale)
-            return self.feed_forward(hidden) * ff.gate
+            return self.feed_forward(hidden), ff.gate
 
-        state.x = add_rows(x, update, chunk)
+        state.x = add_gated_rows(x, update, chunk)
 
     def towards(self, state: StreamState, rows: slice, first: int) -> Tensor:
         """Return this stream's rows as one side of a cross attention (table rows first, +1)."""
@@ -257,12 +263,11 @@ class Block(nn.Module):
         )
         gate = self.video.received_gate(video) * keep
 
-        def update(rows: slice) -> Tensor:
+        def update(rows: slice) -> tuple[Tensor, Tensor]:
             queries = self.video.towards(video, rows, 0)
-            out: Tensor = module(queries, kv, video.rope.cross, rows)
-            return out * gate
+            return module(queries, kv, video.rope.cross, rows), gate
 
-        video.x = add_rows(video.x, update, chunk)
+        video.x = add_gated_rows(video.x, update, chunk)
 
 
 def _samples(skipped: bool | Tensor, receiver: StreamState) -> Tensor | float | None:

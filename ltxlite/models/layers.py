@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ltxlite.models.rope import Rope
 
-TOKEN_CHUNK = 1024  # rows of a 4096-wide feed-forward then hold 32 MiB in bf16
+TOKEN_CHUNK = 2048  # rows of a 4096-wide feed-forward then hold 64 MiB in bf16
+ROTATED_CHUNK = 512  # rotation holds four fp32 copies of its rows: 32 MiB at width 4096
 
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -47,6 +48,20 @@ def add_rows(x: Tensor, update: Callable[[slice], Tensor], size: int) -> Tensor:
         return x + update(slice(0, x.shape[1]))
     for rows in chunks(x.shape[1], size):
         x[:, rows] += update(rows)
+    return x
+
+
+def add_gated_rows(
+    x: Tensor, update: Callable[[slice], tuple[Tensor, Tensor]], size: int
+) -> Tensor:
+    """Do as `add_rows` with updates that are pairs: what to add and its gate, multiplied.
+
+    One pass over x instead of two: 2 % of a step on a CPU.
+    """
+    if torch.is_grad_enabled():
+        return torch.addcmul(x, *update(slice(0, x.shape[1])))
+    for rows in chunks(x.shape[1], size):
+        x[:, rows].addcmul_(*update(rows))
     return x
 
 
@@ -86,6 +101,8 @@ class TokenRows:
 
     def row(self, number: int, tokens: slice) -> Tensor:
         """Return vector `number` for some tokens: (B, t or 1, C)."""
+        if self.rows.shape[0] == self.index.numel() == 1:
+            return self.rows[:, number, None]  # a view: nothing to look up
         index = self.index if self.index.shape[1] == 1 else self.index[:, tokens]
         return self.rows[:, number][index]
 
@@ -159,23 +176,33 @@ class Attention(nn.Module):
         for rows in chunks(tokens, size):
             x = source(rows)
             if x.shape[1] == tokens:
-                return KeyValue(self._keys(x, rope, rows), self.to_v(x))
+                return KeyValue(self._turned(self.to_k, self.k_norm, x, rope, rows), self.to_v(x))
             if key is None:
                 shape = (x.shape[0], tokens, self.k_norm.weight.shape[0])
                 key, value = x.new_empty(shape), x.new_empty(shape)
-            key[:, rows] = self._keys(x, rope, rows)
+            key[:, rows] = self._turned(self.to_k, self.k_norm, x, rope, rows)
             value[:, rows] = self.to_v(x)
         assert key is not None
         return KeyValue(key, value)
 
-    def _keys(self, x: Tensor, rope: Rope | None, rows: slice) -> Tensor:
-        key = rms_norm(self.to_k(x), self.eps, self.k_norm.weight)
-        return rope.rotate(key, rows) if rope else key
-
     def queries(self, x: Tensor, rope: Rope | None, rows: slice) -> Tensor:
         """Project query sources (B, t, C), the tokens `rows` of their sequence, to (B, t, W)."""
-        q = rms_norm(self.to_q(x), self.eps, self.q_norm.weight)
-        return rope.rotate(q, rows) if rope else q
+        return self._turned(self.to_q, self.q_norm, x, rope, rows)
+
+    def _turned(
+        self, project: nn.Module, norm: nn.RMSNorm, x: Tensor, rope: Rope | None, rows: slice
+    ) -> Tensor:
+        projected = project(x)
+        if rope is None:
+            return rms_norm(projected, self.eps, norm.weight)
+        first, weight = rows.start or 0, norm.weight.float()
+
+        def turn(part: slice) -> Tensor:
+            wide = rms_norm(projected[:, part].float(), self.eps, weight)  # turned in fp32 anyway
+            turned = rope.rotate(wide, slice(first + part.start, first + part.stop))
+            return turned.to(projected.dtype)
+
+        return map_rows(turn, projected.shape[1], ROTATED_CHUNK)
 
     def output(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Gate the mixed values (B, t, W) by their query sources (B, t, C) and project them out."""

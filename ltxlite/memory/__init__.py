@@ -1,0 +1,1 @@
+"""What is in memory: the account of activations."""

@@ -80,7 +80,7 @@ def _finish(
         path = report.results_path(header, options.benchmark)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        console.print(f"kept as {path}", style="dim")
+        console.print(f"kept as {path}", style="dim", soft_wrap=True)
     print(json.dumps(document), flush=True)
     if options.check:
         console.print(report.summary(verdicts), soft_wrap=True, markup=False)

@@ -22,6 +22,7 @@ from ltxlite.models.passes import Pass, StreamInput, Timesteps
 from ltxlite.models.settings import Settings
 from ltxlite.models.transformer import FLOAT32, IGNORED, RENAMES, Transformer
 from ltxlite.models.transformer_config import TransformerConfig
+from ltxlite.release import EXPORTS, release_name
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -29,6 +30,7 @@ DESCRIPTION = "one step of a random 2.3 transformer beside diffusers and ltx-cor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 3e-4, "bf16": 3e-2}  # oracles.md 4: noise floors 1.1e-4 and 1.2e-2
 CHANNELS = 128
+PREFIX = EXPORTS["transformer"][0]
 SIGMA = 0.725
 
 
@@ -118,62 +120,14 @@ def settings_of(size: Size) -> dict[str, Any]:
     }
 
 
-def _linear(name: str, outputs: int, inputs: int) -> Shapes:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-
-
-def _adaln(name: str, width: int, rows: int) -> Shapes:
-    embedder = f"{name}.emb.timestep_embedder"
-    return {
-        **_linear(f"{embedder}.linear_1", width, 256),
-        **_linear(f"{embedder}.linear_2", width, width),
-        **_linear(f"{name}.linear", rows * width, width),
-    }
-
-
-def _attention(name: str, query: int, context: int, inner: int, heads: int) -> Shapes:
-    return {
-        **_linear(f"{name}.to_q", inner, query),
-        **_linear(f"{name}.to_k", inner, context),
-        **_linear(f"{name}.to_v", inner, context),
-        **_linear(f"{name}.to_out.0", query, inner),
-        **_linear(f"{name}.to_gate_logits", heads, query),
-        f"{name}.q_norm.weight": (inner,),
-        f"{name}.k_norm.weight": (inner,),
-    }
-
-
-def _block(block: str, size: Size) -> Shapes:
-    shapes: Shapes = {}
-    for stream, prefix in (("video", ""), ("audio", "audio_")):
-        width = size.widths[stream]
-        for attention in ("attn1", "attn2"):
-            shapes |= _attention(f"{block}{prefix}{attention}", width, width, width, size.heads)
-        shapes |= _linear(f"{block}{prefix}ff.net.0.proj", 4 * width, width)
-        shapes |= _linear(f"{block}{prefix}ff.net.2", width, 4 * width)
-        shapes[f"{block}{prefix}scale_shift_table"] = (9, width)
-        shapes[f"{block}{prefix}prompt_scale_shift_table"] = (2, width)
-        shapes[f"{block}scale_shift_table_a2v_ca_{stream}"] = (5, width)
-    video, audio = size.widths["video"], size.widths["audio"]
-    shapes |= _attention(f"{block}audio_to_video_attn", video, audio, audio, size.heads)
-    return shapes | _attention(f"{block}video_to_audio_attn", audio, video, audio, size.heads)
-
-
 def checkpoint_shapes(size: Size) -> Shapes:
-    """Return the names and shapes of a 2.3 transformer's tensors (model.md 1.3)."""
-    shapes: Shapes = {}
-    for stream, prefix, gate in (("video", "", "a2v"), ("audio", "audio_", "v2a")):
-        width = size.widths[stream]
-        shapes |= _linear(f"{prefix}patchify_proj", width, CHANNELS)
-        shapes |= _linear(f"{prefix}proj_out", CHANNELS, width)
-        shapes |= _adaln(f"{prefix}adaln_single", width, 9)
-        shapes |= _adaln(f"{prefix}prompt_adaln_single", width, 2)
-        shapes |= _adaln(f"av_ca_{stream}_scale_shift_adaln_single", width, 4)
-        shapes |= _adaln(f"av_ca_{gate}_gate_adaln_single", width, 1)
-        shapes[f"{prefix}scale_shift_table"] = (2, width)
-    for number in range(size.blocks):
-        shapes |= _block(f"transformer_blocks.{number}.", size)
-    return shapes
+    """Return the names and shapes of the transformer's tensors, as release files spell them."""
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.from_settings(Settings(settings_of(size), "step")))
+    return {
+        release_name("transformer", name).removeprefix(PREFIX): tuple(value.shape)
+        for name, value in model.state_dict().items()
+    }
 
 
 def random_weights(size: Size, dtype: torch.dtype, seed: int = 0) -> Weights:

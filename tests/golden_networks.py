@@ -56,7 +56,7 @@ def run_schedules(case: Case) -> Outputs:
         "simple": schedules.simple,
     }
     outputs = {name: torch.tensor(values) for name, values in tables.items()}
-    for name, params in case.params.items():
+    for name, params in case.variants():
         formula = formulas[name.rsplit("_", 1)[0]]
         outputs[name] = torch.tensor(formula(**params))
     return outputs
@@ -65,7 +65,7 @@ def run_schedules(case: Case) -> Outputs:
 def run_positions(case: Case) -> Outputs:
     outputs: Outputs = {}
     params = case.params
-    for frames, fps, count in params.pop("audio_count"):
+    for frames, fps, count in params.pop("audio_count", ()):
         assert AudioGrid().latent_frames(frames, fps) == count, (frames, fps)
     audio = AudioGrid()
     for name, p in params.items():
@@ -77,9 +77,10 @@ def run_positions(case: Case) -> Outputs:
             assert p["causal"], "only causal audio positions exist"
             audio = AudioGrid(p["sr"], p["hop"], p["downsample"])
             outputs[name] = audio_positions(p["frames"], audio)
-    if "audio_shift3" in case.expected:
-        count = case.expected["audio_shift3"].shape[2]
-        outputs["audio_shift3"] = audio_positions(count, audio, first=3)
+    for name, stored in case.expected.items():
+        if name.startswith("audio_shift"):
+            first = int(name.removeprefix("audio_shift"))
+            outputs[name] = audio_positions(stored.shape[2], audio, first)
     outputs["video_tokens"] = patchify_video(case.given("video_latent"))
     outputs["audio_tokens"] = patchify_audio(case.given("audio_latent"))
     return outputs
@@ -87,7 +88,7 @@ def run_positions(case: Case) -> Outputs:
 
 def run_rope(case: Case) -> Outputs:
     outputs: Outputs = {}
-    for name, p in case.params.items():
+    for name, p in case.variants():
         layout, precision, which = name.split(".")
         theta, float64 = p.get("theta", 10000.0), precision == "float64"
         spec = RopeSpec(p["dim"], p["heads"], tuple(p["max_pos"]), theta, layout, float64)
@@ -212,7 +213,7 @@ def run_dit_perturbed(case: Case) -> Outputs:
     video, audio = stream_input(case, "video"), stream_input(case, "audio")
     batch = video.latent.shape[0]
     outputs: Outputs = {}
-    for name, skips in case.params.items():
+    for name, skips in case.variants():
         velocity = transformer(Pass(video, audio, (_perturbation(skips),) * batch))
         outputs |= _velocities(velocity, f"{name}.")
     return outputs
@@ -247,7 +248,7 @@ def run_lora(case: Case) -> Outputs:
     outputs: Outputs = {}
     given = Pass(stream_input(case, "video"), stream_input(case, "audio"))
     outputs |= _velocities(case.networks().transformer()(given), "none.")
-    for name, p in case.params.items():
+    for name, p in case.variants():
         transformer = case.networks().transformer()
         loras = [read_lora(open_models(case.root / file)[0]) for file, _ in p["loras"]]
         reports = attach(transformer, loras, case.networks().naming("transformer"))
@@ -296,7 +297,7 @@ def run_video_decode_tiled(case: Case) -> Outputs:
     decoder = case.networks().video_decoder()
     latent, index = case.given("latent"), case.tensors["frame_index"]
     outputs = {"frame_index": index, "untiled": decoder(latent)[:, :, index]}
-    for name, p in case.params.items():
+    for name, p in case.variants():
         pieces = list(tiled_decode(decoder, latent, _tiling(p)))
         lengths = [piece.shape[2] for piece in pieces]
         assert lengths == [n for n in p["chunk_frames"] if n], f"{name}: pieces of {lengths}"
@@ -380,9 +381,7 @@ def run_audio_latent_to_wave(case: Case) -> Outputs:
 def run_upsamplers(case: Case) -> Outputs:
     outputs: Outputs = {}
     latent = case.given("latent")
-    for name, file in case.params.items():
-        if not isinstance(file, str) or not any(key.startswith(name) for key in case.expected):
-            continue
+    for name, file in case.variants():
         networks = case.networks(file)
         upscaler = networks.upscaler_from(networks.files.all("upscaler")[-1])
         mean, std = networks.latent_statistics()

@@ -48,7 +48,7 @@ def read_guidance(params: dict) -> Guidance:
 def run_guidance_formulas(case: Case) -> Outputs:
     inputs = [case.given(name) for name in ("cond", "uncond", "perturbed", "modality")]
     outputs: Outputs = {}
-    for name, p in case.params.items():
+    for name, p in case.variants():
         if name == "cfg_star":
             outputs[name] = cfg_star(inputs[0], inputs[1], p["scale"])
         elif name == "apg":

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,12 @@ class Case:
 
     def get(self, name: str) -> Tensor | None:
         return self.tensors.get(f"in.{name}")
+
+    def variants(self) -> Iterator[tuple[str, Any]]:
+        """Yield the parameters that name stored tensors; others say nothing to compute."""
+        for name, value in self.params.items():
+            if any(key == name or key.startswith(f"{name}.") for key in self.expected):
+                yield name, value
 
     def networks(self, *others: str) -> Networks:
         """Open the case's model and other files of the set."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.harness import Case, GateError, Result, measure
 
-BENCHMARKS = ("step",)
+BENCHMARKS = ("decode", "fuzz", "quantize", "step")
 CHECKED_RUNS = 10  # fewer say too little on a machine that does other things besides
 
 

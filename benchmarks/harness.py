@@ -33,13 +33,18 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured: facts for the header, the tolerance of the gate, the contestants."""
+    """What is measured: facts for the header, the tolerance of the gate, the contestants.
+
+    elements: how many a run handles, for times of one.  figures: more of them, which `build` adds.
+    """
 
     name: str
     facts: Mapping[str, Any]
     tolerance: float
     build: Callable[[], Iterable[Contestant]]
     device: str = "cpu"
+    elements: int | None = None
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -75,7 +80,9 @@ class Result:
     def figures(self) -> dict[str, float]:
         """Our cost over the best rival's; absent where no rival ran."""
         ours, rivals = self.rows[0], [row for row in self.rows[1:] if row.missing is None]
-        figures = {}
+        figures = dict(self.case.figures)
+        if self.case.elements and ours.median_ms:
+            figures["ns_per_element"] = ours.median_ms * 1e6 / self.case.elements
         times = [row.median_ms for row in rivals if row.median_ms]
         if times and ours.median_ms:
             figures["time_ratio"] = ours.median_ms / min(times)

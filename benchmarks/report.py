@@ -148,11 +148,16 @@ def read_targets(name: str, path: Path = ROOT / "targets.toml") -> list[dict[str
 
 
 def judge(results: Sequence[Result], targets: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """Compare every case with every target; a target whose rivals did not run is not met."""
+    """Compare every case with every target; a target whose rivals did not run is not met.
+
+    A target with `cases` concerns only these.
+    """
     verdicts = []
     for result in results:
         missing = {row.name: row.missing for row in result.rows if row.missing is not None}
         for target in targets:
+            if result.case.name not in target.get("cases", [result.case.name]):
+                continue
             absent = [f"{rival} {missing[rival]}" for rival in target["rivals"] if rival in missing]
             value = None if absent else result.figures.get(target["figure"])
             why = "; ".join(absent) or "no such figure"

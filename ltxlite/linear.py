@@ -21,31 +21,88 @@ SCRATCH_BYTES = 32 << 20
 ROW_MULTIPLE = 256
 
 
-class QuantLinear(nn.Module):
-    """A Linear whose weight stays quantized; a piece at a time is decoded for the product.
+class QuantMatrix(nn.Module):
+    """A matrix that stays quantized.
 
-    Buffers: blocks (N, row_bytes) uint8, bias (N,) or None, and the format's parts by their names.
-    Attributes: format, out_features, in_features.  The weight is decoded to the dtype of the input.
+    Buffers: blocks (N, row_bytes) uint8 and the format's parts by their names.
+    Attributes: format, rows N, columns K.
     """
 
     blocks: Tensor
+
+    def __init__(self, weight: QuantTensor) -> None:
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ShapeError(f"a quantized matrix has 2 dimensions (N, K), got {weight.shape}")
+        self.format = weight.format
+        self.rows, self.columns = weight.shape
+        self.register_buffer("blocks", weight.blocks)
+        self.part_names = tuple(weight.parts)
+        for name, part in weight.parts.items():
+            self.register_buffer(name, part)
+
+    def decoded(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """Return rows of the matrix, decoded: (rows, K) in `dtype`."""
+        if self.format.name in scaled.SCALINGS:
+            parts = {name: self.get_buffer(name) for name in self.part_names}
+            return scaled.dequantize(self.blocks, self.format, parts, self.columns, dtype, rows)
+        blocks = self.blocks[rows]
+        return dequantize(blocks, self.format, (len(blocks), self.columns), dtype)
+
+    def is_finite(self) -> bool:
+        """Tell whether every value is a finite number; decodes all of them."""
+        pieces = row_pieces(self.rows, self.columns * torch.float32.itemsize)
+        return all(bool(self.decoded(torch.float32, rows).isfinite().all()) for rows in pieces)
+
+
+class QuantEmbedding(QuantMatrix):
+    """An Embedding whose table stays quantized; only rows that are asked for are decoded.
+
+    The 262208 x 3840 table of Gemma is 2 GB in bf16; a prompt needs a few hundred of its rows.
+    """
+
+    def __init__(self, table: QuantTensor, dtype: torch.dtype) -> None:
+        super().__init__(table)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return (..., K) in the compute dtype.  ids: (...) integers below N."""
+        wanted, places = ids.unique(return_inverse=True)
+        if self.format.name in scaled.SCALINGS:  # scales may lie in tiles: a row at a time
+            starts = wanted.tolist()
+            table = torch.cat([self.decoded(self.dtype, slice(i, i + 1)) for i in starts])
+        else:
+            shape = (len(wanted), self.columns)
+            table = dequantize(self.blocks[wanted], self.format, shape, self.dtype)
+        return table[places]
+
+
+class QuantLinear(QuantMatrix):
+    """A Linear whose weight stays quantized; a piece at a time is decoded for the product.
+
+    Buffers: those of the weight, and bias (N,) or None.  The weight is decoded to the dtype of the
+    input.
+    """
+
     bias: Tensor | None
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        if len(weight.shape) != 2:
-            raise ShapeError(f"a linear weight has 2 dimensions (N, K), got {weight.shape}")
-        self.format = weight.format
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight)
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ShapeError(
                 f"a bias of {tuple(bias.shape)} does not fit a weight of {weight.shape}"
             )
-        self.register_buffer("blocks", weight.blocks)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.part_names = tuple(weight.parts)
-        for name, part in weight.parts.items():
-            self.register_buffer(name, part)
+
+    @property
+    def in_features(self) -> int:
+        """K, as in nn.Linear."""
+        return self.columns
+
+    @property
+    def out_features(self) -> int:
+        """N, as in nn.Linear."""
+        return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + bias.  x: (..., K) floating; returns (..., N) in its dtype.
@@ -60,20 +117,6 @@ class QuantLinear(nn.Module):
         for rows in pieces:
             y[..., rows] = self._product(x, rows)
         return y
-
-    def decoded(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        """Return rows of the weight, decoded: (rows, K) in `dtype`."""
-        if self.format.name in scaled.SCALINGS:
-            parts = {name: self.get_buffer(name) for name in self.part_names}
-            columns = self.in_features
-            return scaled.dequantize(self.blocks, self.format, parts, columns, dtype, rows)
-        blocks = self.blocks[rows]
-        return dequantize(blocks, self.format, (len(blocks), self.in_features), dtype)
-
-    def is_finite(self) -> bool:
-        """Tell whether every weight is a finite number; decodes all of them."""
-        pieces = row_pieces(self.out_features, self.in_features * torch.float32.itemsize)
-        return all(bool(self.decoded(torch.float32, rows).isfinite().all()) for rows in pieces)
 
     def _product(self, x: Tensor, rows: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[rows].to(x.dtype)
@@ -196,6 +239,21 @@ def swap_linears(model: nn.Module, names_to_quant: Mapping[str, QuantTensor]) ->
     for name, module in swapped.items():
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, module)
+
+
+def swap_embeddings(
+    model: nn.Module, tables: Mapping[str, QuantTensor], dtype: torch.dtype
+) -> None:
+    """Replace nn.Embedding modules by ones that keep the given tables (N, K) quantized.
+
+    dtype: of what they return.  Raises ShapeError naming the module that a table does not fit.
+    """
+    for name, table in tables.items():
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Embedding) or tuple(module.weight.shape) != table.shape:
+            raise ShapeError(f"{name}: the model has no embedding table of {table.shape}")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantEmbedding(table, dtype))
 
 
 def row_pieces(rows: int, row_bytes: int) -> Iterator[slice]:

@@ -8,17 +8,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ltxlite import text_encoder
 from ltxlite.catalog import SOURCES
 from ltxlite.checkpoint.assemble import LoadReport, Naming, assemble
-from ltxlite.checkpoint.config import parse_json
-from ltxlite.checkpoint.files import ModelFiles, OpenModel, read_json
+from ltxlite.checkpoint.at_load import AtLoad
+from ltxlite.checkpoint.config import model_version
+from ltxlite.checkpoint.files import ModelFiles, OpenModel
+from ltxlite.checkpoint.recognise import is_2_5
 from ltxlite.checkpoint.stored import StoredTensor
 from ltxlite.errors import CheckpointError
 from ltxlite.geometry import AudioGrid, LatentGrid
 from ltxlite.models import (
     audio_vae,
     connector,
-    gemma,
     mel,
     text_projection,
     transformer,
@@ -33,7 +35,7 @@ from ltxlite.models.gemma_config import GemmaConfig
 from ltxlite.models.generator import Generator
 from ltxlite.models.settings import Settings
 from ltxlite.models.text_projection import TextProjection, TextProjectionConfig
-from ltxlite.models.tokenizer import Tokenizer, check_vocabulary, find_tokenizer
+from ltxlite.models.tokenizer import Tokenizer
 from ltxlite.models.transformer import Transformer
 from ltxlite.models.transformer_config import TransformerConfig
 from ltxlite.models.upscaler import LatentUpscaler, UpscalerConfig
@@ -49,7 +51,7 @@ NAMINGS = {
     "video_connector": Naming(connector.RENAMES, connector.IGNORED),
     "audio_connector": Naming(connector.RENAMES, connector.IGNORED),
     "text_projection": Naming(text_projection.RENAMES, text_projection.IGNORED),
-    "text_encoder": Naming(gemma.RENAMES + gemma.GGUF_RENAMES, gemma.IGNORED, gemma.FLOAT32),
+    "text_encoder": text_encoder.NAMING,
     "video_encoder": Naming(video_vae.RENAMES, video_vae.ENCODER_IGNORED),
     "video_decoder": Naming(video_vae.RENAMES, video_vae.DECODER_IGNORED),
     "audio_encoder": Naming(audio_vae.RENAMES, audio_vae.IGNORED),
@@ -91,6 +93,7 @@ class Loaded:
     path: Path
     report: LoadReport
     config_source: str
+    at_load: str | None = None
 
     def line(self) -> str:
         """Return the report as text."""
@@ -99,14 +102,22 @@ class Loaded:
             for name, count in sorted(self.report.tensors.items())
         )
         ignored = f"; {len(self.report.ignored)} unused" if self.report.ignored else ""
+        if self.report.quantized:
+            ignored += f"; {self.report.quantized} quantized to {self.at_load} on loading"
         return f"{self.component}: {self.path} ({stored}{ignored}); config: {self.config_source}"
 
 
 class Networks:
     """Builds networks on one device in one dtype; keeps none of them."""
 
-    def __init__(self, files: ModelFiles, device: torch.device, dtype: torch.dtype) -> None:
-        self.files, self.device, self.dtype = files, device, dtype
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: torch.device,
+        dtype: torch.dtype,
+        at_load: AtLoad | None = None,
+    ) -> None:
+        self.files, self.device, self.dtype, self.at_load = files, device, dtype, at_load
         # The first transcendental function of a process must not run on several threads: in torch
         # 2.13 half of its values may come out at 3e-4 (docs/log.md, 2026-11-21).
         torch.ones(1).exp()
@@ -121,10 +132,20 @@ class Networks:
 
     def transformer_config(self) -> TransformerConfig:
         """Return the transformer's hyper-parameters, from JSON or, without any, from shapes."""
+        shapes = self._shapes("transformer")
+        if is_2_5(shapes):
+            raise CheckpointError(
+                f"{self._need('transformer').path}: this is LTX-2.5, which ltxlite does not run; "
+                "take LTX-2.3: Lightricks/LTX-2.3"
+            )
         settings = self._settings("transformer", SECTIONS["transformer"])
         if settings is None:
-            return TransformerConfig.from_shapes(self._shapes("transformer"))
+            return TransformerConfig.from_shapes(shapes)
         return TransformerConfig.from_settings(settings)
+
+    def version(self) -> tuple[int, ...]:
+        """Return the release that the transformer's file claims to be; () if it says nothing."""
+        return model_version(self._need("transformer").metadata)
 
     def connector_config(self, sound: bool) -> ConnectorConfig:
         """Return the hyper-parameters of the video or the audio connector."""
@@ -158,14 +179,7 @@ class Networks:
 
     def gemma_config(self) -> GemmaConfig:
         """Return the text encoder's hyper-parameters."""
-        model = self._need("text_encoder")
-        settings, _ = self._gemma_settings(model)
-        if settings is not None:
-            return GemmaConfig.from_settings(settings)
-        shapes = self._shapes("text_encoder")
-        offset = 0.0 if "output_norm.weight" in shapes else 1.0  # GGUF files store w + 1
-        rename = self.naming("text_encoder").rename
-        return GemmaConfig.from_shapes({rename(name): shapes[name] for name in shapes}, offset)
+        return text_encoder.read_config(self._need("text_encoder"))
 
     def latent_grid(self) -> LatentGrid:
         """Return how pixels scale to video latents."""
@@ -198,6 +212,7 @@ class Networks:
         2.0 and 2.3 share most shapes; mixed, they run and give noise.
         """
         config = self.transformer_config()
+        TextProjectionConfig.from_shapes(self._shapes("text_projection"), self.gemma_config())
         for component, family in self._families().items():
             if family != config.family:
                 raise CheckpointError(
@@ -261,13 +276,7 @@ class Networks:
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that came with the text encoder."""
         model = self._need("text_encoder")
-        embedded = model.tensors.get("spiece_model")
-        if embedded is None:
-            tokenizer = find_tokenizer(model.path if model.path.is_dir() else model.path.parent)
-        else:
-            tokenizer = Tokenizer.from_sentencepiece(_bytes(embedded), str(model.path))
-        check_vocabulary(tokenizer, self.gemma_config().vocabulary)
-        return tokenizer
+        return text_encoder.read_tokenizer(model, self.gemma_config().vocabulary)
 
     def video_encoder(self) -> VideoEncoder:
         """Load the encoder half of the video VAE."""
@@ -320,21 +329,29 @@ class Networks:
         dtype: torch.dtype,
     ) -> None:
         where = f"{model.path} ({component})"
-        report = assemble(network, stored, self.naming(component), dtype, where)
+        quantize = None if self.at_load is None else self.at_load.of(component)
+        report = assemble(network, stored, self.naming(component), dtype, where, quantize)
         network.to(self.device)
-        self.loaded.append(Loaded(component, model.path, report, self._config_source(component)))
+        kind = None if self.at_load is None else self.at_load.format.name
+        source = self._config_source(component)
+        self.loaded.append(Loaded(component, model.path, report, source, kind))
         if self.on_load is not None:
             self.on_load(self.loaded[-1])
 
     def _config_source(self, component: str) -> str:
         """Tell where a network's hyper-parameters came from."""
         if component == "text_encoder":
-            return self._gemma_settings(self._need(component))[1]
+            return text_encoder.config_source(self._need(component))
         if component == "text_projection":
             return "tensor shapes"
         section = SECTIONS.get(component)
         settings = None if section is None else self._settings(component, section)
-        return "tensor names and shapes" if settings is None else settings.where
+        if settings is not None:
+            return settings.where
+        if component == "transformer":
+            family = self.transformer_config().family
+            return f"no config in file, detected LTX-{family} from tensors"
+        return "tensor names and shapes"
 
     def _need(self, component: str) -> OpenModel:
         model = self.files.find(component)
@@ -352,19 +369,6 @@ class Networks:
         if config is None or not isinstance(config.get(section), Mapping):
             return None
         return Settings(config[section], f"{Path(where).name}: config.{section}")
-
-    def _gemma_settings(self, model: OpenModel) -> tuple[Settings | None, str]:
-        if (text := model.metadata.get("gemma_config")) is not None:
-            where = f"{model.path}: metadata key 'gemma_config'"
-            return Settings(parse_json(str(text), where), where), where
-        folder = model.path if model.path.is_dir() else model.path.parent
-        file = folder / "config.json"
-        if model.path.suffix != ".gguf" and file.is_file():
-            config = read_json(file)
-            # Beside a single file, in a mixed folder, it may describe something else.
-            if model.path.is_dir() or "gemma" in str(config.get("model_type")):
-                return Settings(config, str(file)), str(file)
-        return None, "tensor shapes"
 
 
 def upscaler_config(model: OpenModel) -> UpscalerConfig:
@@ -391,10 +395,3 @@ def missing_parts(files: ModelFiles, needed: Sequence[str] = NEEDED) -> list[str
 
 def _plain(loaded: Tensor | QuantTensor) -> Tensor:
     return loaded.dequantize() if isinstance(loaded, QuantTensor) else loaded
-
-
-def _bytes(stored: StoredTensor) -> bytes:
-    values = stored.load()
-    if isinstance(values, QuantTensor) or values.dtype != torch.uint8:
-        raise CheckpointError(f"{stored.entry.name}: stored as {stored.format.name}, wanted U8")
-    return values.numpy().tobytes()

@@ -4,14 +4,19 @@ from pathlib import Path
 
 import torch
 
+from ltxlite.checkpoint.at_load import AtLoad
 from ltxlite.checkpoint.files import ModelFiles, OpenModel
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.networks import Networks
 from ltxlite.request import Files
 
 
-def open_networks(files: Files, device: str, dtype: str) -> Networks:
-    """Open all files of a job, headers only. Raises CheckpointError if one is not usable."""
+def open_networks(files: Files, device: str, dtype: str, quantize: str | None = None) -> Networks:
+    """Open all files of a job, headers only. Raises CheckpointError if one is not usable.
+
+    quantize: what matrices become while they load (`checkpoint.at_load`); RequestError if it is
+    no type that can be made on the device.
+    """
     slots = (
         ("--text-encoder", files.text_encoder, ("text_encoder",)),
         ("--vae", files.vae, ("video_decoder", "video_encoder")),
@@ -29,7 +34,8 @@ def open_networks(files: Files, device: str, dtype: str) -> Networks:
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such LoRA file")
     chosen = _device(device)
-    return Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen))
+    at_load = None if quantize is None else AtLoad.named(quantize, chosen)
+    return Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen), at_load)
 
 
 def _open_slot(flag: str, path: Path, wanted: tuple[str, ...]) -> list[OpenModel]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ltxlite.checkpoint.files import open_models
-from ltxlite.checkpoint.lora import Lora, attach, read_lora, set_strengths
+from ltxlite.checkpoint.lora import Lora, attach, other_generation, read_lora, set_strengths
 from ltxlite.encode import encode_prompts
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.media.audio import write_wav
@@ -136,9 +136,10 @@ def attach_loras(
     """Hang the job's LoRA files beside the transformer and tell what of them fitted."""
     loras = [lora for path in request.files.loras for lora in read_loras(path)]
     for report in attach(transformer, loras, networks.naming("transformer")):
-        total = report.matched + len(report.unmatched)
-        first = f", not {report.unmatched[0]} for example" if report.unmatched else ""
-        clock.note(f"LoRA {report.source}: {report.matched} of {total} modules fit{first}")
+        clock.note(report.line())
+    for lora in loras:
+        if warning := other_generation(lora, networks.version()):
+            clock.note(warning)
     transformer.to(networks.device)
     return loras
 
@@ -158,6 +159,11 @@ def decode_picture(networks: Networks, latent: Tensor) -> Iterator[Tensor]:
     """Yield decoded frames (f, 3, H, W) in about [-1, 1] as they are finished."""
     decoder = networks.video_decoder()
     for frames in decode_frames(decoder, latent):
+        if not bool(frames.isfinite().all()):
+            raise CheckpointError(
+                "the decoded picture holds NaN: the video VAE is damaged, or float16 overflows in "
+                "it; use --dtype bfloat16 or download it again"
+            )
         yield frames[0].transpose(0, 1)
 
 

@@ -105,7 +105,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole job. Sizes are final pixels, already snapped; `fps` is exact ("24000/1001")."""
+    """A whole job. Sizes are final pixels, already snapped; `fps` is exact ("24000/1001").
+
+    quantize: a type that matrices of the blocks are quantized to while they load.
+    """
 
     prompt: str
     files: Files
@@ -119,6 +122,7 @@ class Request:
     negative: str | None = None
     device: str = "auto"
     dtype: DType = "auto"
+    quantize: str | None = None
     version: int = JOB_VERSION
 
     def __post_init__(self) -> None:

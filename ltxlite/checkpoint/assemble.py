@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError
-from ltxlite.linear import QuantLinear, swap_linears
+from ltxlite.linear import QuantMatrix, row_pieces, swap_embeddings, swap_linears
 from ltxlite_quant.formats import BlockFormat
 from ltxlite_quant.scaled import stored_shape
 from ltxlite_quant.tensor import QuantTensor
 
 _SHOWN = 5
+Quantize = Callable[[str, Tensor | QuantTensor], QuantTensor | None]
 
 
 class Stored(Protocol):
@@ -67,6 +68,7 @@ class LoadReport:
     tensors: Mapping[str, int] = field(default_factory=dict)
     nbytes: Mapping[str, int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    quantized: int = 0
 
 
 def check_names(
@@ -97,11 +99,13 @@ def assemble(
     naming: Naming,
     dtype: torch.dtype,
     where: str,
+    at_load: Quantize | None = None,
 ) -> LoadReport:
     """Load a model built on `meta` from the tensors of its component.
 
     stored: checkpoint names without prefix.  dtype: of all floating point parameters except
-    those named by `naming.float32`; quantized matrices stay quantized.  Names and shapes are
+    those named by `naming.float32`; quantized matrices stay quantized.  at_load: quantizes
+    weights of Linears as they are read, or returns None for those that stay.  Names and shapes are
     compared before anything is read.  Raises CheckpointError with the first names of each kind.
     """
     ignored = tuple(sorted(name for name in stored if naming.is_ignored(name)))
@@ -109,12 +113,17 @@ def assemble(
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     shapes = {name: _matched(item, expected.get(name)) for name, item in used.items()}
     check_names(expected, shapes, where)
-    linears = _linear_weights(model)
-    quantized, plain = {}, {}
+    linears, tables = _weights(model, nn.Linear), _weights(model, nn.Embedding)
+    quantized: dict[str, QuantTensor] = {}
+    plain: dict[str, Tensor] = {}
+    newly = 0
     for name, item in used.items():
         loaded = _without_padding(item.load(), expected[name])
-        if isinstance(loaded, QuantTensor) and name in linears:
+        if isinstance(loaded, QuantTensor) and name in linears | tables:
             quantized[name] = loaded
+        elif at_load and name in linears and (packed := at_load(name, loaded)) is not None:
+            quantized[name] = packed
+            newly += 1
         else:
             kept = torch.float32 if naming.keeps_float32(name) else dtype
             plain[name] = _values(loaded, kept).reshape(expected[name])
@@ -122,11 +131,13 @@ def assemble(
     for name, weight in quantized.items():
         scales = {f"{name} ({part})": value.flatten() for part, value in weight.parts.items()}
         _refuse_nonfinite(scales, where)
-    swap_linears(model, {name.removesuffix(".weight"): q for name, q in quantized.items()})
+    swap_linears(model, _modules(quantized, linears))
+    swap_embeddings(model, _modules(quantized, tables), dtype)
     model.load_state_dict(plain, strict=False, assign=True)
     model.requires_grad_(False).eval()
     _refuse_meta(model, where)
-    return _report(used.values(), ignored)
+    _refuse_zeros(model, where)
+    return _report(used.values(), ignored, newly)
 
 
 def _matched(item: Stored, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -151,9 +162,13 @@ def _values(loaded: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
     return loaded.to(dtype) if loaded.is_floating_point() else loaded
 
 
-def _linear_weights(model: nn.Module) -> set[str]:
+def _weights(model: nn.Module, kind: type[nn.Module]) -> set[str]:
     modules = model.named_modules()
-    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
+    return {f"{name}.weight" for name, module in modules if isinstance(module, kind)}
+
+
+def _modules(quantized: Mapping[str, QuantTensor], names: set[str]) -> dict[str, QuantTensor]:
+    return {name.removesuffix(".weight"): q for name, q in quantized.items() if name in names}
 
 
 def _refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -177,7 +192,7 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
     return damaged + [
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and not module.is_finite()
+        if isinstance(module, QuantMatrix) and not module.is_finite()
     ]
 
 
@@ -187,13 +202,32 @@ def _refuse_meta(model: nn.Module, where: str) -> None:
         raise CheckpointError(f"{where}: {len(left)} parameters got no values ({_some(left)})")
 
 
-def _report(items: Iterable[Stored], ignored: tuple[str, ...]) -> LoadReport:
+def _refuse_zeros(model: nn.Module, where: str) -> None:
+    # Placeholders of repackagers (formats.md 6, case 6). Almost always the first row settles it.
+    for name, module in model.named_modules():
+        if _is_zero(module):
+            raise CheckpointError(
+                f"{where}: {name}.weight is all zeros, a placeholder instead of weights; the file "
+                "was repackaged wrongly, download the original"
+            )
+
+
+def _is_zero(module: nn.Module) -> bool:
+    if isinstance(module, QuantMatrix):
+        rows = [slice(0, 1), *row_pieces(module.rows, module.columns * torch.float32.itemsize)]
+        return not any(bool(module.decoded(torch.float32, piece).any()) for piece in rows)
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return not bool(module.weight[:1].any()) and not bool(module.weight.any())
+    return False
+
+
+def _report(items: Iterable[Stored], ignored: tuple[str, ...], quantized: int) -> LoadReport:
     tensors: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for item in items:
         tensors[item.format.name] += 1
         sizes[item.format.name] += item.nbytes
-    return LoadReport(dict(tensors), dict(sizes), ignored)
+    return LoadReport(dict(tensors), dict(sizes), ignored, quantized)
 
 
 def _some(names: list[str]) -> str:

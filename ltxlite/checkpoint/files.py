@@ -59,7 +59,7 @@ def open_models(path: Path) -> list[OpenModel]:
     models = list(_search(path, _SEARCH_DEPTH))
     if not models:
         raise CheckpointError(
-            f"{path}: the folder holds no model ({', '.join(SUFFIXES)} or {INDEX})"
+            f"{path}: the folder holds no part of LTX-2 ({', '.join(SUFFIXES)} or {INDEX})"
         )
     return models
 
@@ -70,7 +70,9 @@ def _search(folder: Path, depth: int) -> Iterable[OpenModel]:
         return
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in SUFFIXES:
-            yield _from_containers(path, [open_container(path)])
+            model = _opened(path, [open_container(path)])
+            if model.components:  # a mmproj, a preview autoencoder, what other programs keep here
+                yield model
         elif path.is_dir() and depth and not path.name.startswith("."):
             yield from _search(path, depth - 1)
 
@@ -98,6 +100,14 @@ def _open_shards(folder: Path) -> OpenModel:
 
 
 def _from_containers(path: Path, containers: Sequence[Container]) -> OpenModel:
+    model = _opened(path, containers)
+    if not model.components:
+        kind = foreign(model.tensors) or "no part of LTX-2 that ltxlite knows"
+        raise CheckpointError(f"{path}: this is {kind}; see README, 'Files', for what to download")
+    return model
+
+
+def _opened(path: Path, containers: Sequence[Container]) -> OpenModel:
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, Any] = {}
     for container in containers:
@@ -105,11 +115,7 @@ def _from_containers(path: Path, containers: Sequence[Container]) -> OpenModel:
             tensors[name] = StoredTensor(container, entry)
         metadata.update(container.metadata)
     tensors = fold(tensors, metadata, str(path))
-    found = tuple(components_in(tensors))
-    if not found:
-        kind = foreign(tensors) or "no part of LTX-2 that ltxlite knows"
-        raise CheckpointError(f"{path}: this is {kind}; see README, 'Files', for what to download")
-    return OpenModel(path, tensors, metadata, found)
+    return OpenModel(path, tensors, metadata, tuple(components_in(tensors)))
 
 
 def _read_text(path: Path) -> str:

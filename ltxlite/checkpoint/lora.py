@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.checkpoint.assemble import Naming, Stored
+from ltxlite.checkpoint.config import model_version
 from ltxlite.checkpoint.files import OpenModel
 from ltxlite.errors import CheckpointError
 from ltxlite.linear import LowRankLinear, LowRankTerm, QuantLinear
@@ -22,6 +23,7 @@ _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<side>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight$"
 )
 _ALPHA = re.compile(r"^(?P<module>.+)\.alpha$")
+_FITTING = 0.95  # of a file's modules; below, it was probably made for another model
 _REFUSED = (
     (re.compile(r"dora_scale|\.magnitude"), "DoRA"),
     (re.compile(r"\.lokr_|\.hada_"), "LoKr/LoHa"),
@@ -38,6 +40,7 @@ class Lora:
     terms: Mapping[str, LowRankTerm]
     reference_downscale: int = 1
     reference_temporal: int = 1
+    version: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,13 @@ class Attached:
     source: str
     matched: int
     unmatched: tuple[str, ...]
+
+    def line(self) -> str:
+        """Return the report as text, a warning where much of the file does not apply."""
+        total = self.matched + len(self.unmatched)
+        first = f", not {self.unmatched[0]} for example" if self.unmatched else ""
+        warning = "warning: " if self.matched < _FITTING * total else ""
+        return f"{warning}LoRA {self.source}: {self.matched} of {total} modules fit{first}"
 
 
 def read_lora(model: OpenModel) -> Lora:
@@ -70,7 +80,19 @@ def read_lora(model: OpenModel) -> Lora:
         terms,
         _factor(model, "reference_downscale_factor"),
         _factor(model, "reference_temporal_scale_factor"),
+        model_version(model.metadata),
     )
+
+
+def other_generation(lora: Lora, version: tuple[int, ...]) -> str | None:
+    """Return a warning where a LoRA says that it was made for another generation.
+
+    Names and most shapes agree between 2.0, 2.3 and 2.5: it would load and do harm.
+    """
+    if not lora.version or not version or lora.version[:2] == version[:2]:
+        return None
+    made, runs = (".".join(map(str, numbers[:2])) for numbers in (lora.version, version))
+    return f"warning: LoRA {lora.source} was made for LTX-{made}, the checkpoint is LTX-{runs}"
 
 
 def attach(model: nn.Module, loras: Sequence[Lora], naming: Naming) -> list[Attached]:

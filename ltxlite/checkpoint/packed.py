@@ -94,7 +94,7 @@ class PackedTensor(StoredTensor):
         if self.state is None:
             parts = _row_parts(raw, self.packing, self.logical)
         else:
-            parts = _block_parts(raw, self.state)
+            parts = block_parts(raw, self.state)
         return QuantTensor(blocks, self.packing, self.logical, parts)
 
     def check(self) -> None:
@@ -162,7 +162,7 @@ def _row_parts(
     return parts
 
 
-def _block_parts(raw: Mapping[str, Tensor], state: BlockState) -> dict[str, Tensor]:
+def block_parts(raw: Mapping[str, Tensor], state: BlockState) -> dict[str, Tensor]:
     """Return the parts of a bitsandbytes weight with every scale in the row that it serves."""
     rows, columns = state.shape
     scale = _by_rows(raw["scale"].flatten(), state.block, rows, columns)

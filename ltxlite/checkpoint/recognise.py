@@ -137,6 +137,17 @@ def foreign(names: Iterable[str]) -> str | None:
     return None
 
 
+def is_2_5(names: Iterable[str]) -> bool:
+    """Tell whether a transformer, by its names without prefix, is that of LTX-2.5.
+
+    It has the shapes of 2.3, but for the position of keyframes, which some files lack, and the
+    biases of the picture's feed-forward; it was trained on another text encoder.
+    """
+    listed = set(names)
+    biases = [f"transformer_blocks.0.{stream}ff.net.2.bias" in listed for stream in ("", "audio_")]
+    return "keyframes_abs_pos_embedding" in listed or biases == [False, True]
+
+
 # Companions of tensors that belong to nobody's network and are expected in files.
 COMPANIONS = (
     r"spiece_model$",

@@ -13,6 +13,7 @@ VERBS = {
     "generate": "make a clip with sound from a prompt",
     "demo": "make a clip with a tiny random model: shows that the installation works",
     "inspect": "tell what model files are and what is missing to run them",
+    "convert": "write a GGUF of a model, or of a part of it, quantized",
     "doctor": "print one pasteable report on this machine and on model files",
 }
 INTERRUPTED = 130  # what shells report for Ctrl-C

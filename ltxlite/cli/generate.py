@@ -133,6 +133,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of activations (default: bfloat16 on a GPU, float32 on a CPU)",
     )
+    group.add_argument(
+        "--quantize",
+        metavar="TYPE",
+        help="quantize large matrices while loading: Q8_0, Q4_0, ..., fp8, int8, nf4 (default: no)",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress, no notes")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
 

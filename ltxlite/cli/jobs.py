@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxlite.catalog import SOURCES
-from ltxlite.checkpoint.variant import variant_of
+from ltxlite.checkpoint.variant import disagreement, variant_of
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import size_multiple
 from ltxlite.media.container import read_metadata
@@ -40,7 +40,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
     if options.prompt is None:
         raise RequestError('no prompt: say what to see and hear with --prompt "..."')
     files, strengths = files_of(options)
-    networks = open_networks(files, options.device, options.dtype)
+    networks = open_networks(files, options.device, options.dtype, options.quantize)
     model = _model(networks, options.variant, note)
     stages = _stages(options, model)
     if needs_distilled_lora(stages, model) and not options.distilled_lora:
@@ -61,6 +61,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         seed=secrets.randbelow(1 << 32) if options.seed == -1 else options.seed,
         device=options.device,
         dtype=options.dtype,
+        quantize=options.quantize,
     )
     _lint(request, networks, model, bool(options.distilled_lora), note)
     return request, networks
@@ -82,7 +83,7 @@ def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks
         raise RequestError(f"{path}: the job would overwrite the clip it is read from; use -o")
     request = replace(request, output=replace(request.output, path=str(target)))
     note(f"job from {path}: {request.prompt[:60]!r}, seed {request.seed}")
-    return request, open_networks(request.files, request.device, request.dtype)
+    return request, open_networks(request.files, request.device, request.dtype, request.quantize)
 
 
 def files_of(options: argparse.Namespace) -> tuple[Files, list[tuple[float, ...]]]:
@@ -118,6 +119,9 @@ def _model(networks: Networks, variant: str | None, note: Note) -> Model:
         raise CheckpointError("missing files:\n  " + "\n  ".join(missing_parts(networks.files)))
     config = networks.transformer_config()
     read = variant_of(found)
+    if variant is None and (warning := disagreement(found)):
+        note(f"warning: {warning}")
+    _warn_of_mixed_connectors(networks, config.family, note)
     if variant is not None:
         if read is not None and read[0] != variant:
             note(f"warning: --variant {variant}, but {found.path.name} says {read[0]} ({read[1]})")
@@ -131,6 +135,17 @@ def _model(networks: Networks, variant: str | None, note: Note) -> Model:
             "one gives noise; say --variant dev or --variant distilled"
         )
     return Model("dev" if chosen == "dev" else "distilled", config.family, config.layers)
+
+
+def _warn_of_mixed_connectors(networks: Networks, family: str, note: Note) -> None:
+    """Warn of 2.0's connectors of the other variant: they differ, and no shape tells."""
+    models = [networks.files.find(name) for name in ("transformer", "video_connector")]
+    said = [variant_of(model) for model in models if model is not None]
+    if family == "2.0" and len({one[0] for one in said if one}) == 2:
+        note(
+            "warning: transformer and connectors of 2.0, one dev and one distilled; mixed, they "
+            "follow prompts badly"
+        )
 
 
 def _stages(options: argparse.Namespace, model: Model) -> tuple[Stage, ...]:

@@ -31,7 +31,7 @@ class Settings:
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         """Return a positive integer, however the file spells it (8, 8.0)."""
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        if not _is_whole(value):
             raise self._bad(key, value, "a whole number")
         if not 0 < value < 1 << 31:
             raise self._bad(key, value, "a positive number")
@@ -40,7 +40,7 @@ class Settings:
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """Return a finite number as float."""
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e30:
             raise self._bad(key, value, "a number")
         return float(value)
 
@@ -55,7 +55,7 @@ class Settings:
         """Return a list of positive integers as a tuple."""
         value = self.take(key, default)
         if not isinstance(value, (list, tuple)) or not all(
-            isinstance(item, (int, float)) and item == int(item) > 0 for item in value
+            _is_whole(item) and 0 < item < 1 << 31 for item in value
         ):
             raise self._bad(key, value, "a list of whole numbers")
         return tuple(int(item) for item in value)
@@ -87,3 +87,9 @@ class Settings:
 
     def _bad(self, key: str, value: object, wanted: str) -> CheckpointError:
         return CheckpointError(f"{self.where}.{key} is {value!r}, ltxlite implements {wanted}")
+
+
+def _is_whole(value: object) -> bool:
+    if isinstance(value, float):
+        return value.is_integer()  # false for NaN and infinity, which JSON readers let in
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -80,7 +80,7 @@ class GgufFile(MappedContainer):
         for _ in range(key_count):
             key = cursor.string("a metadata key")
             if key in self.metadata:
-                raise cursor.error(f"metadata key {key!r} stands twice")
+                raise cursor.error(f"metadata key {key!r:.80} stands twice")
             self.metadata[key] = cursor.value(cursor.u32(), key)
         infos = [self._tensor_info(cursor) for _ in range(tensor_count)]
         self._place(infos, cursor)
@@ -89,14 +89,14 @@ class GgufFile(MappedContainer):
         name = cursor.string("a tensor name")
         dimensions = cursor.u32()
         if dimensions > MAX_DIMENSIONS:
-            raise cursor.error(f"{name!r} has {dimensions} dimensions, wanted {MAX_DIMENSIONS}")
+            raise cursor.error(f"{name!r:.80} has {dimensions} dimensions, wanted {MAX_DIMENSIONS}")
         sizes = tuple(cursor.u64() for _ in range(dimensions))
         if any(size >= MAX_SIZE for size in sizes):
-            raise cursor.error(f"{name!r} has the impossible dimensions {sizes}")
-        block_format = format_of_ggml_type(cursor.u32(), f"{self.path}: {name!r}")
+            raise cursor.error(f"{name!r:.80} has the impossible dimensions {sizes}")
+        block_format = format_of_ggml_type(cursor.u32(), f"{self.path}: {name!r:.80}")
         offset = cursor.u64()
         shape = self._original_shape(name, sizes[::-1])
-        nbytes = byte_count(shape, block_format, f"{self.path}: {name!r}")
+        nbytes = byte_count(shape, block_format, f"{self.path}: {name!r:.80}")
         return TensorEntry(name, shape, block_format, offset, nbytes)
 
     def _original_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -118,10 +118,10 @@ class GgufFile(MappedContainer):
         start = -(-cursor.position // alignment) * alignment
         for info in infos:
             if info.name in self.tensors:
-                raise cursor.error(f"tensor {info.name!r} stands twice")
+                raise cursor.error(f"tensor {info.name!r:.80} stands twice")
             if info.offset % alignment:
                 raise cursor.error(
-                    f"{info.name!r} has offset {info.offset}, wanted a multiple of {alignment}"
+                    f"{info.name!r:.80} has offset {info.offset}, wanted a multiple of {alignment}"
                 )
             self.tensors[info.name] = TensorEntry(
                 info.name, info.shape, info.format, start + info.offset, info.nbytes
@@ -171,18 +171,18 @@ class _Cursor:
 
     def strings(self, count: int, what: str) -> list[str]:
         """Read strings; a loop over locals, since a vocabulary has 262 thousand of them."""
-        data, size, position = self._data, self._size, self.position
+        data, size, position = memoryview(self._data), self._size, self.position
         length_at = struct.Struct("<Q").unpack_from
-        texts = []
+        texts = [""] * count  # one that grows would need twice the memory at times
         try:
-            for _ in range(count):
+            for index in range(count):
                 begin = position + 8
                 position = begin + length_at(data, position)[0]
                 if position > size:
-                    raise self.error(f"a string of {what} ends at byte {position} of {size}")
-                texts.append(str(data[begin:position], "utf-8"))
+                    raise self.error(f"a string of {what:.80} ends at byte {position} of {size}")
+                texts[index] = str(data[begin:position], "utf-8")
         except (struct.error, UnicodeDecodeError) as error:
-            raise self.error(f"the text of {what} cannot be read ({error})") from None
+            raise self.error(f"the text of {what:.80} cannot be read ({error})") from None
         self.position = position
         return texts
 
@@ -193,13 +193,13 @@ class _Cursor:
         if kind in _NUMBERS:
             return self._numbers(kind, 1, key)[0]
         if kind != _ARRAY:
-            raise self.error(f"metadata {key!r} has the unknown value type {kind}")
-        element, count = self.u32(), self.count(f"elements of {key!r}", smallest=1)
+            raise self.error(f"metadata {key!r:.80} has the unknown value type {kind}")
+        element = self.u32()
         if element == _STRING:
-            return self.strings(count, key)
+            return self.strings(self.count(f"elements of {key!r:.80}", smallest=8), key)
         if element in _NUMBERS:
-            return self._numbers(element, count, key)
-        raise self.error(f"metadata {key!r} is an array of value type {element}")
+            return self._numbers(element, self.count(f"elements of {key!r:.80}", smallest=1), key)
+        raise self.error(f"metadata {key!r:.80} is an array of value type {element}")
 
     def _numbers(self, kind: int, count: int, key: str) -> list[Any]:
         dtype = np.dtype(_NUMBERS[kind])

@@ -18,13 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ltxlite import convert_file, convert_plan, convert_rows
+import ltxlite.convert.file as convert_file
+import ltxlite.convert.plan as convert_plan
+import ltxlite.convert.rows as convert_rows
 from ltxlite.checkpoint.files import ModelFiles
 from ltxlite.cli import INTERRUPTED, main
-from ltxlite.convert import Conversion, Converted, convert
-from ltxlite.convert_file import PartialFile
-from ltxlite.convert_gemma import pieces_of
-from ltxlite.convert_layout import lay_out, shape_keys
+from ltxlite.convert.file import PartialFile
+from ltxlite.convert.gemma import pieces_of
+from ltxlite.convert.layout import lay_out, shape_keys
+from ltxlite.convert.run import Conversion, Converted, convert
 from ltxlite.demo import CONFIG
 from ltxlite.errors import BudgetError, CheckpointError, RequestError
 from ltxlite.models.connector import Connector, ConnectorConfig

@@ -54,7 +54,7 @@ def _run(module: ModuleType, verb: str, arguments: list[str]) -> int:
     try:
         return int(module.run(options))
     except KeyboardInterrupt:
-        print("interrupted; no half-written file is left", file=sys.stderr)  # noqa: T201
+        print("interrupted", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
     except _reported() as error:
         if options.debug:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ltxlite.convert import Conversion, Converted
+    from ltxlite.convert.run import Conversion, Converted
 
 TYPES = (
     "Q2_K, Q3_K_S, Q3_K_M, Q3_K_L, IQ4_XS, IQ4_NL, MXFP4, Q4_0, Q4_1, Q4_K_S, Q4_K_M, Q5_0, Q5_1, "
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     """Convert, then print what the file holds and what goes with it."""
     from ltxlite.cli import INTERRUPTED
     from ltxlite.cli.show import Terminal
-    from ltxlite.convert import convert
+    from ltxlite.convert.run import convert
 
     asked = _conversion(options)
     try:
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _conversion(options: argparse.Namespace) -> "Conversion":
-    from ltxlite.convert import Conversion
+    from ltxlite.convert.run import Conversion
     from ltxlite_quant.policy import read_recipe, recipe_named
 
     recipe = read_recipe(Path(options.recipe)) if options.recipe else recipe_named(options.type)
@@ -95,7 +95,7 @@ def _conversion(options: argparse.Namespace) -> "Conversion":
 
 def _show(asked: "Conversion", result: "Converted", as_json: bool) -> None:
     from ltxlite.cli.show import print_result
-    from ltxlite.convert_companions import companions
+    from ltxlite.convert.companions import companions
 
     advice = companions(asked.part, result.family)
     lines = [f"{result.path}  {result.nbytes / 1e9:.3f} GB, {asked.recipe.name}"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from ltxlite.convert_layout import Layout, Placed
+from ltxlite.convert.layout import Layout, Placed
 from ltxlite.errors import BudgetError, RequestError
 
 # Written bytes between two flushes to the disk: what a kill costs at most, 3 s of a slow disk.

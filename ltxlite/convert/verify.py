@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ltxlite.convert_layout import Key, Layout
-from ltxlite.convert_plan import Plan
-from ltxlite.convert_rows import Encoder, Planned, Rows, decoded
+from ltxlite.convert.layout import Key, Layout
+from ltxlite.convert.plan import Plan
+from ltxlite.convert.rows import Encoder, Planned, Rows, decoded
 from ltxlite.errors import CheckpointError
 from ltxlite.progress import Clock
 from ltxlite_quant.containers import open_container

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxlite.checkpoint.files import ModelFiles, OpenModel
-from ltxlite.convert_layout import Key, boolean, integer, number, text, texts, unsigned
+from ltxlite.convert.layout import Key, boolean, integer, number, text, texts, unsigned
 from ltxlite.errors import CheckpointError
 from ltxlite.models.gemma_config import GemmaConfig
 

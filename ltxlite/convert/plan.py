@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltxlite import __version__, convert_gemma
+from ltxlite import __version__
 from ltxlite.catalog import SOURCES
 from ltxlite.checkpoint.assemble import check_names
 from ltxlite.checkpoint.files import ModelFiles, OpenModel
 from ltxlite.checkpoint.stored import StoredTensor
 from ltxlite.checkpoint.variant import variant_of
-from ltxlite.convert_layout import Key, boolean, integer, number, shape_keys, text, unsigned
-from ltxlite.convert_rows import Planned
-from ltxlite.convert_source import SourceFile, source_files
+from ltxlite.convert import gemma
+from ltxlite.convert.layout import Key, boolean, integer, number, shape_keys, text, unsigned
+from ltxlite.convert.rows import Planned
+from ltxlite.convert.source import SourceFile, source_files
 from ltxlite.errors import CheckpointError
 from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder
 from ltxlite.models.connector import Connector
@@ -103,7 +104,7 @@ def plan_conversion(files: ModelFiles, part: str, recipe: Recipe) -> Plan:
         )
     names = sorted(found, key=_natural)
     decisions = decide(recipe, {name: found[name][1] for name in names})
-    shifts = convert_gemma.shifts(files, names) if part == "text_encoder" else {}
+    shifts = gemma.shifts(files, names) if part == "text_encoder" else {}
     tensors = tuple(
         Planned(item, found[item.name][0], shifts.get(item.name, 0.0)) for item in decisions
     )
@@ -155,7 +156,7 @@ def _checked(networks: Networks, component: str) -> Found:
 
 def _official(component: str, name: str) -> str:
     if component == "text_encoder":
-        return convert_gemma.llama_name(name)
+        return gemma.llama_name(name)
     return _STRIPPED.sub("", release_name(component, name))
 
 
@@ -228,16 +229,14 @@ def _keys(
     assert model is not None
     encoder = part == "text_encoder"
     keys = {
-        "general.architecture": text(convert_gemma.ARCHITECTURE if encoder else _ARCHITECTURE),
+        "general.architecture": text(gemma.ARCHITECTURE if encoder else _ARCHITECTURE),
         "general.quantization_version": unsigned(2),
         "general.file_type": unsigned(recipe.file_type),
     }
     keys |= _carried(model.metadata)
     keys.setdefault("general.name", text(_title(model, part)))
     if encoder:
-        return (
-            keys | convert_gemma.keys(model, networks.gemma_config()) | _own(sources, part, recipe)
-        )
+        return keys | gemma.keys(model, networks.gemma_config()) | _own(sources, part, recipe)
     config, _ = networks.files.config_of(PARTS[part].needed[0])
     if config is not None:
         compact = json.dumps(config, ensure_ascii=False, separators=(",", ":"))

@@ -14,11 +14,11 @@ from typing import Literal, get_args
 import torch
 
 from ltxlite.checkpoint.files import ModelFiles
-from ltxlite.convert_file import PartialFile
-from ltxlite.convert_layout import Layout, Placed, lay_out
-from ltxlite.convert_plan import PARTS, Plan, plan_conversion
-from ltxlite.convert_rows import Encoder, Planned, Rows
-from ltxlite.convert_verify import SHARES, Check, GroupError, check_header, compare
+from ltxlite.convert.file import PartialFile
+from ltxlite.convert.layout import Layout, Placed, lay_out
+from ltxlite.convert.plan import PARTS, Plan, plan_conversion
+from ltxlite.convert.rows import Encoder, Planned, Rows
+from ltxlite.convert.verify import SHARES, Check, GroupError, check_header, compare
 from ltxlite.errors import RequestError
 from ltxlite.progress import Clock, Report
 from ltxlite_quant.policy import Recipe, decision_lines
@@ -32,7 +32,7 @@ _MILLION = 1_000_000
 class Conversion:
     """What is converted to what.
 
-    sources: files and folders.  part: one of `convert_plan.PARTS`.  verify: how much is read back.
+    sources: files and folders.  part: one of `plan.PARTS`.  verify: how much is read back.
     device: where blocks are computed.  effort: of the search for scales.
     overwrite: replace a target that exists.
     """

@@ -33,7 +33,7 @@ def open_networks(files: Files, device: str, dtype: str, quantize: str | None = 
     for path in files.loras:
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such LoRA file")
-    chosen = _device(device)
+    chosen = choose_device(device)
     at_load = None if quantize is None else AtLoad.named(quantize, chosen)
     return Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen), at_load)
 
@@ -50,7 +50,11 @@ def _open_slot(flag: str, path: Path, wanted: tuple[str, ...]) -> list[OpenModel
     return models
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Return the device that a user names; "auto" is a GPU if torch sees one.
+
+    Raises RequestError for an unknown device, or one that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

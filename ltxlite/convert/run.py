@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
-
 from ltxlite.checkpoint.files import ModelFiles
 from ltxlite.convert.file import PartialFile
 from ltxlite.convert.layout import Layout, Placed, lay_out
@@ -20,6 +18,7 @@ from ltxlite.convert.plan import PARTS, Plan, plan_conversion
 from ltxlite.convert.rows import Encoder, Planned, Rows
 from ltxlite.convert.verify import SHARES, Check, GroupError, check_header, compare
 from ltxlite.errors import RequestError
+from ltxlite.opening import choose_device
 from ltxlite.progress import Clock, Report
 from ltxlite_quant.policy import Recipe, decision_lines
 from ltxlite_quant.search_plan import Effort
@@ -90,7 +89,7 @@ def convert(asked: Conversion, report: Report) -> Converted:
     layout = lay_out([planned.decision for planned in plan.tensors], plan.keys)
     for line in plan.notes:
         report.note(line)
-    encode = Encoder(_device(asked.device), asked.effort)
+    encode = Encoder(choose_device(asked.device), asked.effort)
     with PartialFile(asked.target, layout, _identity(plan, layout, asked.effort)) as partial:
         resumed = len(partial.done)
         if resumed:
@@ -158,18 +157,6 @@ def _verified(
 ) -> tuple[list[GroupError], list[str]]:
     check_header(path, plan, layout)
     return compare(path, plan, check, clock) if check.share else ([], [])
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RequestError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device {name}: torch sees no CUDA GPU here; use --device cpu")
-    return device
 
 
 def _identity(plan: Plan, layout: Layout, effort: Effort) -> str:

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import report, vram
 from benchmarks.harness import Case, GateError, Result, measure
 
-BENCHMARKS = ("decode", "fuzz", "quantize", "step")
+BENCHMARKS = ("decode", "formats", "fuzz", "kill", "quantize", "step", "stream")
 CHECKED_RUNS = 10  # fewer say too little on a machine that does other things besides
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; 0 is fine, 1 a red gate or a missed target, 2 wrong usage."""
-    parser, options = _parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["vram"]:
+        return vram.main(given[1:])  # counts instead of timing, with options of its own
+    parser, options = _parse(given)
     if options.check and options.runs < CHECKED_RUNS:
         parser.error(f"--check needs --runs {CHECKED_RUNS} or more, got {options.runs}")
     if options.threads:
@@ -52,7 +55,7 @@ def _parse(
         one.add_argument("--case", help="only this case")
         one.add_argument("--out", action="store_true", help="also keep the JSON under results/")
         module.add_options(one)
-        one.set_defaults(cases=module.cases)
+        one.set_defaults(cases=module.cases, show=getattr(module, "show", report.show))
     return parser, parser.parse_args(arguments)
 
 
@@ -70,7 +73,7 @@ def _finish(
     results: Sequence[Result],
     console: Console,
 ) -> int:
-    report.show(header, results, console)
+    options.show(header, results, console)
     document = report.as_json(options.benchmark, header, results)
     verdicts = []
     if options.check:

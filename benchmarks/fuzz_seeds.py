@@ -18,7 +18,8 @@ FILE_BYTES = 1 << 20
 def _safetensors_seed(folder: Path) -> tuple[bytes, bytes]:
     """Return header and data of a small file with every flavour that has companions."""
     del folder
-    header: dict[str, Any] = {"__metadata__": {"config": json.dumps(CONFIG), "model_version": "2"}}
+    header: dict[str, Any] = {"__metadata__": {"model_version": "2"}}
+    header["__metadata__"] |= {name: json.dumps(value) for name, value in TEXTS.items()}
     data = bytearray()
     state = {"shape": [8, 8], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.1}
     declared = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
@@ -48,6 +49,16 @@ CONFIG = {
     "audio_vae": {"model": {"params": {"ddconfig": {"ch": 8}}}},
     "vocoder": {"upsample_rates": [6, 5], "resblock": "AMP1"},
 }
+# JSON inside of the header's JSON: in these, values are mutated one by one.
+TEXTS: dict[str, Any] = {
+    "config": CONFIG,
+    "_quantization_metadata": {
+        "layers": {
+            "d": {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
+            "e": {"format": "float8_e4m3fn", "params": {"convrot": False}},
+        }
+    },
+}
 
 
 def _layers() -> dict[str, tuple[str, int, list[int]]]:
@@ -74,6 +85,8 @@ def _layers() -> dict[str, tuple[str, int, list[int]]]:
     layers["model.layers.0.self_attn.q_norm.weight"] = ("BF16", 2, [8])
     layers["spiece_model"] = ("U8", 1, [64])
     layers |= {"a.weight": ("I8", 1, [16, 16]), "a.weight_scale": ("F32", 4, [16, 1])}
+    layers |= {"d.weight": ("I8", 1, [4, 64]), "d.weight_scale": ("F32", 4, [])}
+    layers |= {"e.weight": ("F8_E5M2", 1, [8, 8]), "e.scale_weight": ("F32", 4, [8])}
     layers |= {"a.comfy_quant": ("U8", 1, []), _BNB: ("U8", 1, [32, 1])}
     layers |= {f"{_BNB}.absmax": ("F32", 4, [1]), f"{_BNB}.quant_map": ("F32", 4, [16])}
     layers[f"{_BNB}.quant_state.bitsandbytes__nf4"] = ("U8", 1, [])

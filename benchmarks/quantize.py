@@ -1,14 +1,21 @@
 """Quantizers beside llama.cpp's and gguf-py's: time, and error on five kinds of weights.
 
+Where a search takes importances, so does llama.cpp: the same ones, of three kinds. Errors are then
+sums of squares weighted by them.
+
 A gate of its own comes first: the loss of every contestant, decoded by the same decoder, may differ
 from ours by no more than quantizers of one format do.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -16,6 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Case, Contestant
+from ltxlite import cli
+from ltxlite.importance import read_importance
 from ltxlite_quant import FORMATS, QuantTensor
 from ltxlite_quant.encode import ENCODERS
 from ltxlite_quant.measure import relative_rmse
@@ -28,6 +37,8 @@ DESCRIPTION = "quantizers of all GGUF formats beside llama.cpp's and gguf-py's"
 TOLERANCE = 0.25  # Q2_K: llama.cpp's loss exceeds ours by up to 40 % on other kinds, 14 % here
 ROWS, COLUMNS = 256, 4096
 SAMPLE = 128, 2048
+OUTLIERS = 64  # inputs, of which one is a thousand times as large as the rest
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "models"
 
 
 class Loss(Mapping[str, Tensor]):
@@ -46,8 +57,10 @@ class Loss(Mapping[str, Tensor]):
         return 1
 
 
-def _ours(source: Tensor, name: str, effort: Effort) -> QuantTensor:
-    return quantize(source, FORMATS[name], effort)
+def _ours(
+    source: Tensor, name: str, effort: Effort, importance: Tensor | None = None
+) -> QuantTensor:
+    return quantize(source, FORMATS[name], effort, importance)
 
 
 def _gguf_py(source: Tensor, name: str) -> QuantTensor:
@@ -91,6 +104,45 @@ def _compare_losses(name: str, effort: Effort, figures: dict[str, float], rivall
         if rivalled and name in PLANS:
             unit = relative_rmse(_llama(source, name, ones), source)
             _keep_worst(figures, "unit_loss_ratio", loss, unit)
+            for importance in _importances().values():
+                made = _ours(source, name, effort, importance), _llama(source, name, importance)
+                ours, theirs = (_weighted_error(quant, source, importance) for quant in made)
+                _keep_worst(figures, "importance_error_ratio", ours, theirs)
+
+
+def _weighted_error(quant: QuantTensor, source: Tensor, importance: Tensor) -> float:
+    miss = quant.dequantize().double() - source.double()
+    return float((miss.square() @ importance.double()).sum())
+
+
+@cache
+def _importances() -> Mapping[str, Tensor]:
+    """Return importances (K,): synthetic ones, and those that a calibration measured."""
+    random = torch.Generator().manual_seed(7)
+    spread = torch.randn(SAMPLE[1], generator=random).exp()
+    outliers = (torch.randn(SAMPLE[1], generator=random) * 0.5).exp()
+    outliers[::OUTLIERS] *= 1000
+    return {"lognormal": spread, "outliers": outliers, "calibrated": _calibrated()}
+
+
+def _calibrated() -> Tensor:
+    """Return what the feed-forwards of the tiny reference model read, repeated to (K,).
+
+    They are its only matrices whose rows are whole blocks of 256.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "importance.safetensors"
+        arguments = ["--model", GOLDEN / "tiny-2.3-distilled.safetensors", "--output", path]
+        arguments += ["--text-encoder", GOLDEN / "gemma3_tiny", "--prompt", "rain on a tin roof"]
+        arguments += ["--upscaler", GOLDEN / "tiny-2.3-spatial-upscaler-x2.safetensors"]
+        arguments += ["--size", "128x128", "--frames", "9", "--device", "cpu", "--quiet"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            if cli.main(["calibrate", *map(str, arguments)]):
+                raise RuntimeError("the calibration of the tiny reference model failed")
+        moments = read_importance(path).moments
+    rows = [value for name, value in sorted(moments.items()) if name.endswith(".ff.net.2.weight")]
+    together = torch.cat([row for row in rows if len(row) % 256 == 0])
+    return together.repeat(-(-SAMPLE[1] // len(together)))[: SAMPLE[1]]
 
 
 def _keep_worst(figures: dict[str, float], name: str, ours: float, theirs: float) -> None:

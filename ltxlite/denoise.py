@@ -3,7 +3,7 @@
 Source: LTX-2 400fd31 (ltx_pipelines denoising loops, ltx_core guiders); restated in model.md 4.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,7 +58,7 @@ class Denoiser:
 
     Streams are video, audio, or one of them. All passes of an evaluation run block by block, so
     that a streamed block crosses the bus once. `step` counts finished steps; guidance that
-    depends on the step reads it.
+    depends on the step reads it. What else goes from step to step is in `predictions`.
     """
 
     def __init__(
@@ -91,6 +91,21 @@ class Denoiser:
             uncond = self.blend(tuple(item.uncond for item in self._streams))
         return Prediction(self.blend(guided), uncond)
 
+    def predictions(self) -> dict[str, Tensor]:
+        """Return the predictions that later steps reuse; none where no stream skips steps."""
+        return {
+            f"{name}.{number}": item.guided if name == "guided" else item.uncond
+            for number, item in enumerate(self._streams)
+            for name in reused_names(item.stream.guidance, self._needs_uncond)
+        }
+
+    def restore(self, step: int, predictions: Mapping[str, Tensor]) -> None:
+        """Go on after `step` finished steps of a run that had these predictions."""
+        self.step = step
+        for number, item in enumerate(self._streams):
+            item.guided = predictions.get(f"guided.{number}", item.guided)
+            item.uncond = predictions.get(f"uncond.{number}", item.uncond)
+
     def blend(self, state: State) -> State:
         """Put the clean tokens back where the masks keep them."""
         pairs = zip(self._streams, state, strict=True)
@@ -98,8 +113,10 @@ class Denoiser:
 
     def _evaluate(self, state: State, sigma: float, active: list[bool]) -> None:
         names = self._passes()
+        # Passes over the same inputs share these very records, and with them their first blocks.
+        inputs = {name == "uncond": self._inputs(state, sigma, active, name) for name in names}
         velocities = self.transformer.run(
-            [self._pass(name, state, sigma, active) for name in names]
+            [self._pass(name, inputs[name == "uncond"], len(state[0])) for name in names]
         )
         for position, item in enumerate(self._streams):
             if not active[position]:
@@ -118,12 +135,15 @@ class Denoiser:
             needed.add("uncond")
         return [name for name in ("cond", "uncond", "perturbed", "isolated") if name in needed]
 
-    def _pass(self, name: str, state: State, sigma: float, active: list[bool]) -> Pass:
-        inputs: dict[bool, StreamInput] = {
+    def _inputs(
+        self, state: State, sigma: float, active: list[bool], name: str
+    ) -> dict[bool, StreamInput]:
+        return {
             item.sound: replace(item.input(x, sigma, negative=name == "uncond"), enabled=enabled)
             for item, x, enabled in zip(self._streams, state, active, strict=True)
         }
-        batch = state[0].shape[0]
+
+    def _pass(self, name: str, inputs: Mapping[bool, StreamInput], batch: int) -> Pass:
         perturbations = (self._perturbation(name),) * batch
         return Pass(inputs.get(False), inputs.get(True), perturbations)
 
@@ -147,11 +167,9 @@ class Denoiser:
 class _Prepared:
     """A stream with everything that does not change over the steps, and its last prediction."""
 
-    guided: Tensor
-    uncond: Tensor
-
     def __init__(self, transformer: Transformer, stream: Stream, sound: bool) -> None:
         self.stream, self.sound = stream, sound
+        self.guided = self.uncond = stream.state.clean  # until the first step predicts them
         self.levels: Timesteps = stream.state.levels()
         self.weights = attention_weights(stream.state)
         self.rope: StreamRope = transformer.rope(stream.state.positions, sound)
@@ -196,6 +214,13 @@ class _Prepared:
             step,
         )
         self.uncond = x0.get("uncond", x0["cond"])
+
+
+def reused_names(guidance: Guidance, needs_uncond: bool) -> tuple[str, ...]:
+    """Name the predictions of a stream that its skipped steps repeat; none if it skips none."""
+    if not guidance.skip_step:
+        return ()
+    return ("guided", "uncond") if needs_uncond else ("guided",)
 
 
 def refuse_nonfinite(evaluation: Evaluation, transformer: Transformer) -> None:

@@ -1,10 +1,9 @@
-"""Linear layers over quantized blocks and low-rank terms: the one place where quant meets kernels.
+"""Linear layers over quantized blocks: the one place where quant meets kernels.
 
 A network is written with nn.Linear; these take the place of some of its layers afterwards.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +46,8 @@ class QuantMatrix(nn.Module):
             parts = {name: self.get_buffer(name) for name in self.part_names}
             return scaled.dequantize(self.blocks, self.format, parts, self.columns, dtype, rows)
         blocks = self.blocks[rows]
+        if self.format.dtype is not None:  # not quantized, but of another dtype than its network
+            return blocks.view(self.format.dtype).to(dtype)
         return dequantize(blocks, self.format, (len(blocks), self.columns), dtype)
 
     def is_finite(self) -> bool:
@@ -126,103 +127,6 @@ class QuantLinear(QuantMatrix):
         """Return what print(model) shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, format={self.format.name}"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LowRankTerm:
-    """A low-rank addition to a weight: scale * B A.
-
-    a: (r, K).  b: (N, r).  scale: the file's own factor (alpha / r, or 1).  source: the file, for
-    messages.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    source: str
-
-    def __post_init__(self) -> None:
-        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
-            raise ShapeError(
-                f"{self.source}: low-rank factors A (r, K) and B (N, r) must share r, "
-                f"got {tuple(self.a.shape)} and {tuple(self.b.shape)}"
-            )
-
-    def check_fits(self, shape: tuple[int, ...]) -> None:
-        """Raise ShapeError unless B A has the shape of a weight (N, K)."""
-        mine = (self.b.shape[0], self.a.shape[1])
-        if mine != shape:
-            raise ShapeError(
-                f"{self.source}: a low-rank term for a weight of {mine} does not fit one of "
-                f"{shape}; it was made for another model"
-            )
-
-
-class LowRankLinear(nn.Module):
-    """A Linear or QuantLinear plus low-rank terms whose strengths may change between stages.
-
-    The base stays as it is, quantized or not: y = base(x) + sum strength * scale * (x Aᵀ) Bᵀ.
-    `strengths` is a plain list, one number a term; a term of strength 0 costs nothing.
-    """
-
-    def __init__(self, base: nn.Linear | QuantLinear, terms: Sequence[LowRankTerm]) -> None:
-        super().__init__()
-        self.base = base
-        self.strengths = [1.0] * len(terms)
-        self.scales = [term.scale for term in terms]
-        self.sources = [term.source for term in terms]
-        for index, term in enumerate(terms):
-            term.check_fits((base.out_features, base.in_features))
-            self.register_buffer(f"a{index}", term.a.detach())
-            self.register_buffer(f"b{index}", term.b.detach())
-
-    @property
-    def in_features(self) -> int:
-        """K, as in nn.Linear."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """N, as in nn.Linear."""
-        return self.base.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., N) in x's dtype.  x: (..., K)."""
-        y: Tensor = self.base(x)
-        for index, strength in enumerate(self.strengths):
-            if factor := strength * self.scales[index]:
-                inner = F.linear(x, self.get_buffer(f"a{index}").to(x.dtype))  # (..., r)
-                outer = F.linear(inner, self.get_buffer(f"b{index}").to(x.dtype))  # (..., N)
-                y = y.add(outer, alpha=factor)
-        return y
-
-
-def merged_weight(
-    weight: Tensor,
-    terms: Sequence[LowRankTerm],
-    dtype: torch.dtype,
-    strengths: Sequence[float] | None = None,
-) -> Tensor:
-    """Add low-rank terms to a weight, every step rounded to `dtype`.
-
-    weight: (N, K).  strengths: one a term, 1 by default.  Returns W + sum ((B * strength) @ A).
-    Raises ShapeError if a term does not fit or the strengths are not one a term.
-    Source: LTX-2 400fd31, its bf16 fusion (model.md 6); the deltas of several files are summed
-    before they meet the weight.
-    """
-    strengths = [1.0] * len(terms) if strengths is None else strengths
-    if len(strengths) != len(terms):
-        raise ShapeError(f"{len(terms)} low-rank terms need as many strengths, got {strengths}")
-    if not terms:
-        return weight.to(dtype)
-    for term in terms:
-        term.check_fits(tuple(weight.shape))
-    deltas = [
-        (term.b.to(dtype) * (strength * term.scale)) @ term.a.to(dtype)
-        for term, strength in zip(terms, strengths, strict=True)
-    ]
-    total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(dim=0)
-    return weight.to(dtype) + total
 
 
 def swap_linears(model: nn.Module, names_to_quant: Mapping[str, QuantTensor]) -> None:

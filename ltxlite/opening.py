@@ -1,5 +1,6 @@
 """Opens the files of a job, headers only, and chooses device and dtype."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,7 +48,10 @@ def _open_slot(flag: str, path: Path, wanted: tuple[str, ...]) -> list[OpenModel
             f"{path}: given with {flag}, which wants {' or '.join(wanted)}, but it holds "
             f"{', '.join(sorted(held))}"
         )
-    return models
+    if not wanted:
+        return models
+    # Whatever else it holds, the transformer say, was not meant.
+    return [replace(m, components=tuple(n for n in m.components if n in wanted)) for m in models]
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,7 +5,8 @@ contexts and latents are all that is carried on.
 Source of the recipes: LTX-2 400fd31, ltx_pipelines; restated in model.md 5.
 """
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +14,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltxlite.checkpoint.files import open_models
-from ltxlite.checkpoint.lora import Lora, attach, other_generation, read_lora, set_strengths
+from ltxlite.checkpoint.lora import (
+    Lora,
+    attach,
+    open_lora,
+    other_generation,
+    read_lora,
+    set_strengths,
+)
+from ltxlite.context_cache import ContextCache
 from ltxlite.encode import encode_prompts
-from ltxlite.errors import CheckpointError, RequestError
+from ltxlite.errors import BudgetError, CheckpointError, RequestError
 from ltxlite.media.audio import write_wav
 from ltxlite.media.frame_writer import FrameWriter, create_frames
 from ltxlite.media.output import VideoSettings
 from ltxlite.media.video_writer import VideoWriter, create_video
-from ltxlite.models.rolling import decode_frames
+from ltxlite.memory import place
+from ltxlite.memory.budget import Budget
+from ltxlite.models.tiled_window import decode_window
 from ltxlite.models.transformer import Transformer
 from ltxlite.networks import Networks
+from ltxlite.planning import RUNGS, plan_job
 from ltxlite.progress import Clock, Report
 from ltxlite.request import Request
+from ltxlite.resume import SavedRun
 from ltxlite.stages import (
     Latents,
+    Progress,
     Prompts,
     StageRun,
+    beginning,
     enlarge,
-    first_latents,
     needs_negative,
     refuse_missing,
     stage_shape,
@@ -39,6 +52,20 @@ from ltxlite.stages import (
 )
 
 JOB_TAG = "ltxlite_job"
+Save = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a run may use; nothing of it is part of the job.
+
+    budget: memory; without one every network is loaded whole.  cache: contexts of earlier runs.
+    fresh: do not continue an earlier run of the job.
+    """
+
+    budget: Budget | None = None
+    cache: ContextCache | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +78,27 @@ class Result:
 
 
 @torch.inference_mode()
-def generate(request: Request, networks: Networks, report: Report) -> Result:
+def generate(
+    request: Request, networks: Networks, report: Report, means: Means | None = None
+) -> Result:
     """Make the clip that a request describes; its file appears when everything is done.
 
+    An earlier run of the same job that was stopped is continued.
     Raises LtxliteError for anything the user can mend, most of it before weights are loaded.
     """
+    means = means or Means()
     check(request, networks)
     networks.on_load = lambda loaded: report.note(loaded.line())
     clock = Clock(report)
-    clock.begin("encode prompt", 1)
-    prompts = encode(request, networks, clock)
-    latents = first_latents(networks, stage_shape(request, request.stages[0], networks))
-    for stage_latents in run_stages(request, networks, prompts, latents, clock):
-        latents = stage_latents
-    clock.begin("decode sound", 1)
-    waveform, rate = decode_sound(networks, latents.audio)
-    clock.begin("decode picture", request.frames)
-    write_clip(request, decode_picture(networks, latents.video), (waveform, rate), clock)
+    make_plan(request, networks, means, clock)
+    with SavedRun(request, networks, report.note) as saved:
+        progress = (None if means.fresh else saved.load()) or beginning(request, networks)
+        latents = sample_latents(request, networks, progress, clock, saved.save, means)
+        clock.begin("decode sound", 1)
+        waveform, rate = decode_sound(networks, latents.audio)
+        clock.begin("decode picture", request.frames)
+        write_clip(request, decode_picture(networks, latents.video), (waveform, rate), clock)
+        saved.discard()
     return Result(Path(request.output.path), request.frames, clock.finish())
 
 
@@ -78,8 +109,7 @@ def check(request: Request, networks: Networks) -> None:
     """
     refuse_missing(request.stages, networks)
     networks.check_families()
-    for path in request.files.loras:
-        read_loras(path)
+    open_loras(request, networks)
     layers = networks.transformer_config().layers
     for number, stage in enumerate(request.stages, start=1):
         stage_sigmas(stage, stage_shape(request, stage, networks))
@@ -90,57 +120,155 @@ def check(request: Request, networks: Networks) -> None:
                 )
 
 
-def encode(request: Request, networks: Networks, clock: Clock) -> Prompts:
+def make_plan(
+    request: Request, networks: Networks, means: Means, clock: Clock, rung: int = 0
+) -> None:
+    """Decide where blocks live, say so, and have networks loaded accordingly.
+
+    rung: how often memory ran out before.  Raises BudgetError for what cannot fit, with the
+    nearest requests that would.
+    """
+    if means.budget is None:
+        return
+    plan = plan_job(networks, request, means.budget, open_loras(request, networks), rung)
+    for line in plan.lines():
+        clock.note(line)
+    networks.memory, networks.window = plan.memory(networks.device), plan.window
+
+
+def encode(
+    request: Request, networks: Networks, clock: Clock, cache: ContextCache | None = None
+) -> Prompts:
     """Encode the prompt, and the negative one where some stage needs it."""
     texts = [request.prompt]
     if any(needs_negative(stage) for stage in request.stages):
         texts.append(request.negative or "")
-    contexts = encode_prompts(networks, texts, clock.note)
+    contexts = encode_prompts(networks, texts, clock.note, cache)
     clock.advance(1)
     return Prompts(contexts[0], contexts[1] if len(contexts) > 1 else None)
 
 
+def sample_latents(
+    request: Request,
+    networks: Networks,
+    progress: Progress,
+    clock: Clock,
+    save: Save,
+    means: Means | None = None,
+) -> Latents:
+    """Take a job from where it stands through what is left of its stages.
+
+    Where memory runs out, although a plan said that it would do, another program may have taken
+    some: the job goes on behind its last finished step, with a smaller plan.
+    """
+    means = means or Means()
+
+    def keep(step: Progress) -> None:
+        nonlocal progress
+        progress = step
+        save(step)
+
+    for rung in range(1, RUNGS + 1):
+        try:
+            return _sample(request, networks, progress, clock, keep, means.cache)
+        except (torch.OutOfMemoryError, BudgetError) as error:
+            if means.budget is None or rung == RUNGS:
+                raise
+            clock.note(f"out of memory ({_first_line(error)}); going on with a smaller plan")
+        # Outside of the handler: the error's traceback held the tensors of the failed step.
+        gc.collect()
+        if networks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        make_plan(request, networks, means, clock, rung)
+    raise AssertionError("the last rung returns or raises")
+
+
+def _sample(
+    request: Request,
+    networks: Networks,
+    progress: Progress,
+    clock: Clock,
+    save: Save,
+    cache: ContextCache | None,
+) -> Latents:
+    if progress.stage == len(request.stages):
+        return progress.latents
+    clock.begin("encode prompt", 1)
+    prompts = encode(request, networks, clock, cache)
+    *_, last = run_stages(request, networks, prompts, progress, clock, save)
+    return last.latents
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
 def run_stages(
-    request: Request, networks: Networks, prompts: Prompts, latents: Latents, clock: Clock
-) -> Iterator[Latents]:
-    """Yield the latents after each stage; one transformer serves them all."""
+    request: Request,
+    networks: Networks,
+    prompts: Prompts,
+    progress: Progress,
+    clock: Clock,
+    save: Save = lambda _: None,
+) -> Iterator[Progress]:
+    """Yield the progress after each stage that is left; one transformer serves them all.
+
+    save: told the progress after each step and each stage.
+    """
     clock.begin("load transformer", 1)
-    transformer = networks.transformer()
-    loras = attach_loras(request, networks, transformer, clock)
-    for number, stage in enumerate(request.stages):
-        run = StageRun(request, number, networks, transformer)
-        if stage.upscaler is not None:
-            clock.begin(f"upscale {stage.upscaler}", 1)
-            latents = enlarge(networks, latents, run.shape, stage.upscaler)
+    loras: list[Lora] = []
+    transformer = networks.transformer(
+        lambda network: loras.extend(attach_loras(request, networks, network, clock))
+    )
+
+    def finished(step: Progress) -> None:
+        clock.advance(step.done)
+        save(step)
+
+    for number in range(progress.stage, len(request.stages)):
+        stage = request.stages[number]
+        progress = at_stage_size(request, networks, progress, clock)
         set_strengths(
             transformer, {lora.source: stage.lora_strength(i) for i, lora in enumerate(loras)}
         )
+        run = StageRun(request, progress, networks, transformer)
         clock.begin(f"stage {number + 1} of {len(request.stages)}", run.steps)
-        latents = run(latents, prompts, clock.advance)
-        yield latents
+        clock.advance(progress.done)
+        progress = Progress(number + 1, run(prompts, finished))
+        save(progress)
+        yield progress
+    place.close(transformer)
 
 
-def read_loras(path: str) -> list[Lora]:
-    """Read a LoRA file. Raises CheckpointError for anything else."""
-    models = open_models(Path(path))
-    if "lora" not in models[0].components:
-        raise CheckpointError(
-            f"{path}: given as a LoRA, but it holds {', '.join(models[0].components)}"
-        )
-    return [read_lora(model) for model in models]
+def at_stage_size(
+    request: Request, networks: Networks, progress: Progress, clock: Clock
+) -> Progress:
+    """Return the progress with latents of its stage's size, upscaled if they are not yet."""
+    stage = request.stages[progress.stage]
+    if stage.upscaler is None or progress.done:
+        return progress
+    clock.begin(f"upscale {stage.upscaler}", 1)
+    shape = stage_shape(request, stage, networks)
+    return Progress(progress.stage, enlarge(networks, progress.latents, shape, stage.upscaler))
+
+
+def open_loras(request: Request, networks: Networks) -> list[Lora]:
+    """Read the headers of the job's LoRA files. Raises CheckpointError for anything else."""
+    networks.lora_models = [open_lora(Path(path)) for path in request.files.loras]
+    return [read_lora(model) for model in networks.lora_models]
 
 
 def attach_loras(
     request: Request, networks: Networks, transformer: Transformer, clock: Clock
 ) -> list[Lora]:
     """Hang the job's LoRA files beside the transformer and tell what of them fitted."""
-    loras = [lora for path in request.files.loras for lora in read_loras(path)]
+    loras = open_loras(request, networks)
     for report in attach(transformer, loras, networks.naming("transformer")):
         clock.note(report.line())
+    version = networks.version() or networks.family_version()
     for lora in loras:
-        if warning := other_generation(lora, networks.version()):
+        if warning := other_generation(lora, version):
             clock.note(warning)
-    transformer.to(networks.device)
     return loras
 
 
@@ -158,7 +286,7 @@ def decode_sound(networks: Networks, latent: Tensor) -> tuple[Tensor, int]:
 def decode_picture(networks: Networks, latent: Tensor) -> Iterator[Tensor]:
     """Yield decoded frames (f, 3, H, W) in about [-1, 1] as they are finished."""
     decoder = networks.video_decoder()
-    for frames in decode_frames(decoder, latent):
+    for frames in decode_window(decoder, latent, networks.window):
         if not bool(frames.isfinite().all()):
             raise CheckpointError(
                 "the decoded picture holds NaN: the video VAE is damaged, or float16 overflows in "

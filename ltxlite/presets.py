@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from ltxlite.errors import RequestError
 from ltxlite.request import Stage, Variant
 from ltxlite.sampling.settings import Guidance
+from ltxlite.strength import Strength
 
 Quality = Literal["draft", "balanced", "max"]
 
@@ -98,10 +99,10 @@ def _first_stage(model: Model, quality: Quality) -> Stage:
     return Stage(sigmas=f"ltx:{steps}", video=video, audio=replace(video, cfg=7.0))
 
 
-def _first_loras(model: Model, quality: Quality, scales: tuple[str, ...]) -> tuple[float, ...]:
+def _first_loras(model: Model, quality: Quality, scales: tuple[str, ...]) -> tuple[Strength, ...]:
     if model.variant == "distilled":
         return ()
-    return (0.25,) if quality == "max" else (0.0,)
+    return (Strength.of(0.25 if quality == "max" else 0.0),)
 
 
 def _refining_stage(model: Model, quality: Quality, scale: str, ratio: str) -> Stage:
@@ -111,7 +112,7 @@ def _refining_stage(model: Model, quality: Quality, scale: str, ratio: str) -> S
         sigmas=_REFINE,
         sampler="res_2s" if quality == "max" else "euler",
         upscaler="x1.5" if ratio == "x1.5" else "x2",
-        loras=((0.5,) if quality == "max" else (1.0,)) if dev else (),
+        loras=(Strength.of(0.5 if quality == "max" else 1.0),) if dev else (),
         sound="keep" if dev else "refine",
     )
 

@@ -1,6 +1,7 @@
 """What the user may ask: frozen records whose JSON is a job file. No torch, no files opened here.
 
-Of ours it imports only the error tree and the torch-free records of `sampling.settings`.
+Of ours it imports only the error tree and the torch-free records of `sampling.settings` and
+`strength`.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from ltxlite.errors import RequestError
 from ltxlite.sampling.settings import Guidance, check_sampler
+from ltxlite.strength import Strength
 
 JOB_VERSION = 1
 
@@ -28,7 +30,8 @@ class Stage:
 
     scale: width and height as a fraction of the clip's ("1/2").  sigmas: a schedule
     (`sampling.schedules.parse`).  upscaler: how the previous stage's latent gets here, None where
-    the size stays.  loras: strength of each LoRA file in this stage; the last one serves the rest.
+    the size stays.  loras: strength of each LoRA file in this stage, a number or, by stream and by
+    block, a record; the last one serves the rest.
     sound: what happens to the previous stage's sound: "refine" noises and denoises it again,
     "keep" does so for the picture's sake but ships the earlier sound, "freeze" holds it fixed.
     noise: how much noise the stage starts from, 0 to 1; None means its first sigma.
@@ -43,7 +46,7 @@ class Stage:
     video: Guidance = field(default_factory=Guidance)
     audio: Guidance = field(default_factory=Guidance)
     upscaler: Upscaler | None = None
-    loras: tuple[float, ...] = ()
+    loras: tuple[Strength, ...] = ()
     sound: Sound = "refine"
     noise: float | None = None
     real_tokens: bool = False
@@ -64,10 +67,10 @@ class Stage:
         """The scale as a number."""
         return parse_fraction(self.scale, "stage scale")
 
-    def lora_strength(self, index: int) -> float:
+    def lora_strength(self, index: int) -> Strength:
         """Return the strength of LoRA file number `index` in this stage; 1 if none is given."""
         if not self.loras:
-            return 1.0
+            return Strength()
         return self.loras[min(index, len(self.loras) - 1)]
 
 
@@ -209,6 +212,8 @@ def _convert(hint: Any, value: object, where: str) -> object:
         if not isinstance(value, Mapping):
             _refuse(where, value, "an object")
         return dict(value)
+    if hint is Strength and isinstance(value, int | float) and not isinstance(value, bool):
+        return Strength.of(float(value))  # as people write it
     if is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

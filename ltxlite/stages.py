@@ -1,7 +1,11 @@
-"""One sampling stage: from the previous stage's latents and a prompt to this stage's latents."""
+"""One sampling stage: from the previous stage's latents and a prompt to this stage's latents.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+Between two steps a stage is nothing but its `Progress`: it can be saved, and gone on with in
+another process or on another transformer, to the same bits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +28,12 @@ from ltxlite.geometry import (
 )
 from ltxlite.models.transformer import Transformer
 from ltxlite.models.upscaler import LatentUpscaler, upscale_normalised
-from ltxlite.networks import Networks, missing_parts
+from ltxlite.network_configs import missing_parts
+from ltxlite.networks import Networks
 from ltxlite.request import Request, Stage
-from ltxlite.sampling.contract import NoiseKind, State, Tools
+from ltxlite.sampling.contract import NoiseKind, Position, State, Tools
 from ltxlite.sampling.noise import SdeNoise, initial_noise, sde_seed, stage_seed
-from ltxlite.sampling.samplers import SAMPLERS, sample
+from ltxlite.sampling.samplers import SAMPLERS, continue_sampling, evaluation_sigmas
 from ltxlite.sampling.schedule_text import parse
 from ltxlite.sampling.schedules import Schedule
 
@@ -37,11 +42,39 @@ SDE_KINDS: tuple[NoiseKind, ...] = ("step", "sub")
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """What goes from stage to stage: normalised latents (1, C, F, Y, X) and (1, C, T, M), fp32."""
+    """What goes from stage to stage: normalised latents (1, C, F, Y, X) and (1, C, T, M), fp32.
+
+    Contiguous, for the reason told at `Position`.
+    """
 
     video: Tensor
     audio: Tensor
     shape: ClipShape
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "video", self.video.contiguous())
+        object.__setattr__(self, "audio", self.audio.contiguous())
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a job stands: in stage number `stage`, from 0, with `position.done` steps finished.
+
+    latents: what the stage is given, at its own size once a step is done; beyond the last stage,
+    what came out of it.  position, predictions, drawn: what sampler, denoiser and noise generators
+    carry from step to step; empty before the first.
+    """
+
+    stage: int
+    latents: Latents
+    position: Position = field(default_factory=lambda: Position(0, {}))
+    predictions: Mapping[str, Tensor] = field(default_factory=dict)
+    drawn: Mapping[NoiseKind, int] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Finished steps of the stage."""
+        return self.position.done
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +142,35 @@ def stage_sigmas(stage: Stage, shape: ClipShape) -> Schedule:
     return parse(stage.sigmas, shape.video_tokens if stage.real_tokens else None)
 
 
+def step_count(request: Request, networks: Networks, number: int) -> int:
+    """Return how many sampling steps a stage has."""
+    stage = request.stages[number]
+    return len(stage_sigmas(stage, stage_shape(request, stage, networks))) - 1
+
+
+def latent_sizes(networks: Networks, shape: ClipShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of a stage's latents: (1, C, F, Y, X) and (1, C, T, M)."""
+    channels, bins = networks.transformer_config(), networks.audio_bins()
+    video = (1, channels.video.channels, shape.frames, shape.rows, shape.columns)
+    return video, (1, channels.audio.channels // bins, shape.audio_frames, bins)
+
+
+def token_sizes(networks: Networks, shape: ClipShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes (1, T, C) of what a stage samples, picture and sound."""
+    channels = networks.transformer_config()
+    video = (1, shape.video_tokens, channels.video.channels)
+    return video, (1, shape.audio_frames, channels.audio.channels)
+
+
 def first_latents(networks: Networks, shape: ClipShape) -> Latents:
     """Return the zeros that the first stage's noise is mixed into."""
-    channels = networks.transformer_config()
-    bins = networks.audio_bins()
-    video = torch.zeros(1, channels.video.channels, shape.frames, shape.rows, shape.columns)
-    audio = torch.zeros(1, channels.audio.channels // bins, shape.audio_frames, bins)
+    video, audio = (torch.zeros(size) for size in latent_sizes(networks, shape))
     return Latents(video.to(networks.device), audio.to(networks.device), shape)
+
+
+def beginning(request: Request, networks: Networks) -> Progress:
+    """Return the progress of a run that has done nothing yet."""
+    return Progress(0, first_latents(networks, stage_shape(request, request.stages[0], networks)))
 
 
 def enlarge(networks: Networks, latents: Latents, shape: ClipShape, kind: str) -> Latents:
@@ -144,15 +199,20 @@ def find_upscaler(networks: Networks, kind: str) -> LatentUpscaler:
 
 
 class StageRun:
-    """Runs one stage of a job on a loaded transformer."""
+    """Runs one stage of a job on a loaded transformer.
+
+    `progress` follows the finished steps. After an error, out of memory say, or an interruption,
+    call it again, or make another one of its progress and a transformer that takes less room: it
+    goes on behind the last finished step.
+    """
 
     def __init__(
-        self, request: Request, number: int, networks: Networks, transformer: Transformer
+        self, request: Request, progress: Progress, networks: Networks, transformer: Transformer
     ) -> None:
-        self.request, self.number = request, number
-        self.stage = request.stages[number]
+        self.request, self.number, self.progress = request, progress.stage, progress
+        self.stage = request.stages[self.number]
         self.networks, self.transformer = networks, transformer
-        self.shape = stage_shape(request, self.stage, networks)
+        self.shape = progress.latents.shape
         self.sigmas = stage_sigmas(self.stage, self.shape)
 
     @property
@@ -160,28 +220,55 @@ class StageRun:
         """Sampling steps of the stage."""
         return len(self.sigmas) - 1
 
-    def __call__(self, given: Latents, prompts: Prompts, advance: Callable[[int], None]) -> Latents:
-        """Noise the given latents (already at this stage's size) and denoise them."""
-        video, audio = self._states(given)
+    def __call__(self, prompts: Prompts, finished: Callable[[Progress], None]) -> Latents:
+        """Noise the latents of `progress`, which have this stage's size, and denoise them.
+
+        finished: told the progress after each step, before the next one begins.
+        """
+        video, audio = self._states()
+        if self.networks.memory is not None:  # AdaLN weights are on the host
+            self.transformer.tabulate(self._levels(video, audio))
         denoiser = self._denoiser(video, audio, prompts)
+        denoiser.restore(self.progress.done, self.progress.predictions)
+        noise = self._sde_noise([state.initial.shape for state in (video, audio)])
 
-        def finished(step: int, _: State) -> None:
-            denoiser.step = step + 1
-            advance(step + 1)
+        def step_done(position: Position) -> None:
+            denoiser.step = position.done
+            self.progress = Progress(
+                self.number,
+                self.progress.latents,
+                position,
+                denoiser.predictions(),
+                dict(noise.drawn),
+            )
+            finished(self.progress)
 
-        shapes = [state.initial.shape for state in (video, audio)]
-        tools = Tools(denoiser, self._sde_noise(shapes), denoiser.blend, finished)
-        start = self._start(video, audio)
+        tools = Tools(denoiser, noise, denoiser.blend, step_done)
+        position = self.progress.position
+        if not position.done:
+            position = Position(0, {"x": self._start(video, audio)})
         options = self.stage.sampler_options
-        final = sample(self.stage.sampler, start, self.sigmas, tools, options)
-        channels = given.audio.shape[1]
-        sound = unpatchify_audio(final[1], self.shape.audio_frames, channels)
-        if self.stage.sound == "keep" and self.number > 0:
-            sound = given.audio
+        return self._latents(
+            continue_sampling(self.stage.sampler, position, self.sigmas, tools, options)
+        )
+
+    def _levels(self, video: LatentState, audio: LatentState) -> Tensor:
+        """Return every noise level that a token or a whole stream will have, computed alike."""
+        asked = evaluation_sigmas(self.stage.sampler, self.sigmas, self.stage.sampler_options)
+        masks = torch.cat([state.levels().values for state in (video, audio)])
+        tokens = [masks * sigma for sigma in asked]
+        streams = torch.tensor([0.0, *asked], device=masks.device)
+        levels: Tensor = torch.cat([*tokens, streams]).unique()
+        return levels
+
+    def _latents(self, final: State) -> Latents:
+        sound = self.progress.latents.audio
+        if self.stage.sound != "keep" or self.number == 0:
+            sound = unpatchify_audio(final[1], self.shape.audio_frames, sound.shape[1])
         return Latents(unpatchify_video(final[0], self.shape), sound, self.shape)
 
-    def _states(self, given: Latents) -> tuple[LatentState, LatentState]:
-        device, shape = self.networks.device, self.shape
+    def _states(self) -> tuple[LatentState, LatentState]:
+        device, shape, given = self.networks.device, self.shape, self.progress.latents
         grid: LatentGrid = self.networks.latent_grid()
         latent = (shape.frames, shape.rows, shape.columns)
         positions = video_positions(latent, shape.fps, grid).to(device)
@@ -203,8 +290,8 @@ class StageRun:
     def _sde_noise(self, shapes: list[torch.Size]) -> SdeNoise:
         seeds = {kind: sde_seed(self.request.seed, self.number, kind) for kind in SDE_KINDS}
         standardised = SAMPLERS[self.stage.sampler].standardised
-        device = self.networks.device
-        return SdeNoise(shapes, seeds, standardised=standardised, device=device)
+        device, drawn = self.networks.device, self.progress.drawn
+        return SdeNoise(shapes, seeds, standardised=standardised, device=device, drawn=drawn)
 
     def _denoiser(self, video: LatentState, audio: LatentState, prompts: Prompts) -> Denoiser:
         def first_is_finite(evaluation: Evaluation) -> None:

@@ -6,6 +6,7 @@ GGUF keeps both in its metadata.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def json_settings(model: OpenModel) -> tuple[Settings | None, str]:
     """Return the JSON configuration of a text encoder, if it has one, and its place."""
     if (text := model.metadata.get("gemma_config")) is not None:
         where = f"{model.path}: metadata key 'gemma_config'"
-        return Settings(parse_json(str(text), where), where), where
+        return Settings(parse_json(text, where), where), where
     folder = model.path if model.path.is_dir() else model.path.parent
     file = folder / "config.json"
     if file.is_file():
@@ -80,9 +81,16 @@ def read_tokenizer(model: OpenModel, rows: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_places(model: OpenModel) -> list[Path]:
+    """Return the folders in which a text encoder's tokenizer may lie, nearest first."""
+    folder = model.path if model.path.is_dir() else model.path.parent
+    beside = [folder.parent / "tokenizer"] if folder.name == "text_encoder" else []  # diffusers
+    return [folder, *beside]
+
+
 def _tokenizer_beside(model: OpenModel) -> Tokenizer:
     try:
-        return find_tokenizer(model.path if model.path.is_dir() else model.path.parent)
+        return find_tokenizer(*tokenizer_places(model))
     except CheckpointError:
         if f"{TOKENIZER_KEYS}model" not in model.metadata:
             raise

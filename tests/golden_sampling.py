@@ -21,7 +21,7 @@ from ltxlite.geometry import (
 from ltxlite.media.colour import to_uint8_rgb
 from ltxlite.models.upscaler import upscale_normalised
 from ltxlite.networks import Networks
-from ltxlite.sampling.contract import NoiseKind, State, Tools
+from ltxlite.sampling.contract import NoiseKind, Position, State, Tools
 from ltxlite.sampling.guidance import apg, cfg_star, combine
 from ltxlite.sampling.samplers import sample
 from ltxlite.sampling.schedules import TABLES
@@ -106,8 +106,8 @@ class Run:
             self.recorder,
         )
 
-        def finished(step: int, _: State) -> None:
-            denoiser.step = step + 1
+        def finished(position: Position) -> None:
+            denoiser.step = position.done
 
         def noise(kind: NoiseKind) -> State:
             return next(self.noise[kind])

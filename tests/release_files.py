@@ -119,6 +119,34 @@ def gemma(prefix: str = "model.", rows: int = 262208) -> Shapes:
     return shapes
 
 
+def vision() -> Shapes:
+    """Return what Gemma sees with, which prompts do not need: 0.84 GB in bf16."""
+    width, inner, name = 1152, 4304, "vision_model.encoder.layers"
+    shapes: Shapes = {"vision_model.embeddings.patch_embedding.weight": (width, 3, 14, 14)}
+    shapes |= {"vision_model.embeddings.position_embedding.weight": (4096, width)}
+    for number in range(27):
+        for module in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{name}.{number}.self_attn.{module}", width, width)
+        shapes |= linear(f"{name}.{number}.mlp.fc1", inner, width)
+        shapes |= linear(f"{name}.{number}.mlp.fc2", width, inner)
+        shapes |= {f"{name}.{number}.layer_norm{n}.weight": (width,) for n in (1, 2)}
+    return shapes | {"multi_modal_projector.mm_input_projection_weight": (width, 3840)}
+
+
+def upscaler(width: int, upsampler: Shapes) -> Shapes:
+    """Return a latent upscaler with four residual blocks before and after the upsampling."""
+    shapes: Shapes = {"initial_conv.weight": (width, 128, 3, 3, 3), "initial_conv.bias": (width,)}
+    shapes |= {f"initial_norm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    for stage in ("res_blocks", "post_upsample_res_blocks"):
+        for block in (f"{stage}.{number}" for number in range(4)):
+            for number in (1, 2):
+                shapes[f"{block}.conv{number}.weight"] = (width, width, 3, 3, 3)
+                shapes[f"{block}.conv{number}.bias"] = (width,)
+                shapes |= {f"{block}.norm{number}.{leaf}": (width,) for leaf in ("weight", "bias")}
+    shapes |= {"final_conv.weight": (128, width, 3, 3, 3), "final_conv.bias": (128,)}
+    return shapes | upsampler
+
+
 def prefixed(shapes: Shapes, prefix: str = PREFIX) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
@@ -154,9 +182,12 @@ def gguf_typed(shapes: Shapes, kind: str, high: str, connector: str | None) -> T
 
 
 def write_safetensors(
-    path: Path, tensors: Typed, metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Typed,
+    metadata: Mapping[str, str] | None = None,
+    contents: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a sparse file: the header, and a hole where the data would be."""
+    """Write a sparse file: the header, and a hole where the data would be, but for `contents`."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -167,6 +198,9 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
+        for name, data in (contents or {}).items():
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(data)
     return path
 
 

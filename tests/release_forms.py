@@ -1,4 +1,4 @@
-"""The published forms of formats.md 1.2 to 1.11 as data: headers, and what is in them."""
+"""The published transformers of formats.md 1.2 to 1.8 as data: headers, and what is in them."""
 
 import base64
 import json
@@ -37,11 +37,15 @@ def form(
     tensors: Typed | Callable[[], Typed],
     *components: str,
     metadata: dict[str, str] | None = None,
+    texts: Callable[[Typed], dict[str, bytes]] | None = None,
     **expected: Any,
 ) -> Form:
+    """Describe a safetensors file; `texts` gives the data of the tensors that hold text."""
+
     def write(folder: Path) -> Path:
         given = tensors() if callable(tensors) else tensors
-        return write_safetensors(folder / "model.safetensors", given, metadata)
+        contents = texts(given) if texts else None
+        return write_safetensors(folder / "model.safetensors", given, metadata, contents)
 
     return Form(write, components, **expected)
 
@@ -87,6 +91,19 @@ def packed(shapes: dict[str, tuple[int, ...]], words: tuple[str, ...], kind: str
     return tensors
 
 
+CONVROT = json.dumps({"format": "int8_tensorwise", "convrot": True}).encode()
+
+
+def declarations(tensors: Typed) -> dict[str, bytes]:
+    return {name: CONVROT for name in tensors if name.endswith(".comfy_quant")}
+
+
+def convrot_layers(shapes: dict[str, tuple[int, ...]]) -> str:
+    """Return the same declaration for all layers of blocks, as one text of the header."""
+    layers = [name.removesuffix(".weight") for name in shapes if made.is_block_linear(name)]
+    return json.dumps({"layers": dict.fromkeys(layers, json.loads(CONVROT))})
+
+
 def tiles(rows: int, groups: int) -> tuple[int, int]:
     return -(-rows // 128) * 128, -(-groups // 4) * 4
 
@@ -106,6 +123,11 @@ PACKED: dict[str, Callable[[str, int, int], Typed]] = {
         f"{layer}.weight": ("I8", (n, k)),
         f"{layer}.weight_scale": ("F32", (n, 1)),
     },
+    "convrot": lambda layer, n, k: {
+        f"{layer}.weight": ("I8", (n, k)),
+        f"{layer}.weight_scale": ("F32", (n, 1)),
+        f"{layer}.comfy_quant": ("U8", (len(CONVROT),)),
+    },
     "scenema": lambda layer, n, k: {
         f"{layer}.weight.int8": ("I8", (n, k)),
         f"{layer}.weight_scale": ("F32", (n, 1)),
@@ -121,60 +143,10 @@ FP4_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.ne
 ALL_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "to_gate_logits")
 
 
-def gguf_gemma() -> Typed:
-    """Return llama.cpp's 626 tensors of Gemma 3 12B, Q4_K with Q6_K embeddings."""
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-        "embed_tokens": "token_embd",
-    }
-    tensors: Typed = {}
-    for name, shape in made.gemma("").items():
-        name = name.replace("layers.", "blk.").replace("norm.weight", "norm.weight")
-        for old, new in names.items():
-            name = name.replace(old, new)
-        name = "output_norm.weight" if name == "norm.weight" else name
-        kind = "Q6_K" if "token_embd" in name else "Q4_K"
-        tensors[name] = ("F32" if len(shape) == 1 else kind, shape)
-    return tensors
-
-
-GEMMA_KEYS = {"gemma3.block_count": 48, "gemma3.embedding_length": 3840}
 BASE64 = {
     "config_base64": base64.b64encode(json.dumps(FULL["config"]).encode()).decode(),
     "quantization_format": "quanto",
 }
-
-
-def vae_names(prefix: str, keep: str) -> dict[str, tuple[int, ...]]:
-    """Return the release's tensors under some prefixes, one of them cut off."""
-    return {
-        name.removeprefix(prefix): shape
-        for name, shape in REAL.items()
-        if name.startswith(tuple(keep.split()))
-    }
-
-
-def upscaler() -> Typed:
-    shapes: dict[str, tuple[int, ...]] = {"initial_conv.weight": (1024, 128, 3, 3, 3)}
-    shapes |= {"upsampler.0.weight": (4096, 1024, 3, 3), "final_conv.weight": (128, 1024, 3, 3, 3)}
-    return typed(shapes)
-
-
-def lora(prefix: str, a: str, b: str) -> Typed:
-    layer = f"{prefix}transformer_blocks.0.attn1.to_q"
-    return {f"{layer}.{a}": ("BF16", (384, 4096)), f"{layer}.{b}": ("BF16", (4096, 384))}
 
 
 FORMS: dict[str, Form] = {
@@ -220,25 +192,27 @@ FORMS: dict[str, Form] = {
         family="2.3",
         gigabytes=23.5,
     ),
+    **{
+        name: form(
+            lambda kept=kept: scaled(prefixed(whole("2.3")), kept, inputs=True),
+            *EVERYTHING[:3],
+            formats={"F8_E4M3_SCALED": 34 * len(kept)},
+            family="2.3",
+            gigabytes=gigabytes,
+        )
+        # v2 and v3 differ from the first in calibration and in which layers; not in the format.
+        for name, kept, gigabytes in (
+            ("Kijai fp8 with input scales", range(48), 23.5),
+            ("Kijai fp8 with input scales, v2", range(1, 48), 23.8),
+            ("Kijai fp8 with input scales, v3", range(2, 46), None),
+        )
+    },
     "Kijai mxfp8": form(
         lambda: packed(prefixed(whole("2.3")), ALL_LAYERS, "mxfp8"),
         *EVERYTHING[:3],
         formats={"MXFP8": 34 * 48},
         family="2.3",
         gigabytes=24.1,
-    ),
-    "Kijai projection": form(
-        lambda: typed(made.projection("2.3")), "text_projection", gigabytes=2.312
-    ),
-    "Kijai video VAE": form(lambda: typed(vae_names("vae.", "vae.")), *VIDEO, gigabytes=1.452),
-    "Kijai audio VAE": form(
-        lambda: typed(vae_names("", "audio_vae. vocoder.")), *AUDIO, "vocoder", gigabytes=0.365
-    ),
-    "2.0 connectors with projection": form(
-        lambda: typed(prefixed(made.connectors("2.0")) | made.projection("2.0")),
-        *BOTH,
-        "text_projection",
-        gigabytes=2.86,
     ),
     # 1.6
     "unsloth Q8_0": gguf_form(
@@ -294,7 +268,28 @@ FORMS: dict[str, Form] = {
         formats={"INT8": 34 * 48},
         family="2.3",
     ),
-    "Wan2GP connectors": form(lambda: typed(made.connectors("2.3")), *BOTH),
+    "Wan2GP ConvRot, declared in the header": form(
+        lambda: packed(made.dit("2.3"), ALL_LAYERS, "int8"),
+        "transformer",
+        metadata=BASE64 | {"_quantization_metadata": convrot_layers(made.dit("2.3"))},
+        formats={"INT8_CONVROT": 34 * 48, "INT8": 0},
+        family="2.3",
+    ),
+    "ConvRot, declared layer by layer": form(
+        lambda: packed(prefixed(whole("2.3")), ALL_LAYERS, "convrot"),
+        *EVERYTHING[:3],
+        texts=declarations,
+        formats={"INT8_CONVROT": 34 * 48, "INT8": 0, "U8": 0},
+        family="2.3",
+        gigabytes=23.5,
+    ),
+    "Wan2GP's own blocks in NVFP4": form(
+        lambda: packed(made.dit("2.3"), ALL_LAYERS[:-1], "nvfp4"),
+        "transformer",
+        metadata=BASE64,
+        formats={"NVFP4_TILED": 28 * 48},
+        family="2.3",
+    ),
     "int8 tensorwise": form(
         lambda: packed(made.dit("2.3"), ALL_LAYERS, "int8"),
         "transformer",
@@ -312,33 +307,5 @@ FORMS: dict[str, Form] = {
         "transformer",
         formats={"F32": 2 + 6 * 48},
         family="2.3",
-    ),
-    # 1.9 and 1.10
-    "official LoRA": form(lora("diffusion_model.", "lora_A.weight", "lora_B.weight"), "lora"),
-    "LoRA with down and up": form(lora("", "lora_down.weight", "lora_up.weight"), "lora"),
-    "trainer's LoRA": form(
-        lora("transformer.", "lora_A.default.weight", "lora_B.default.weight"), "lora"
-    ),
-    "upscaler": form(upscaler, "upscaler"),
-    # 1.11
-    "Gemma of transformers": form(
-        lambda: typed(made.gemma("language_model.model.")), "text_encoder", gigabytes=23.5
-    ),
-    "Gemma of newer transformers": form(
-        lambda: typed(made.gemma("model.language_model.")), "text_encoder"
-    ),
-    "Gemma of Comfy": form(
-        lambda: (
-            typed(made.gemma() | {"spiece_model": (4_689_074,)})
-            | {"spiece_model": ("U8", (4_689_074,))}
-        ),
-        "text_encoder",
-    ),
-    "Gemma GGUF": gguf_form(
-        gguf_gemma,
-        "text_encoder",
-        architecture="gemma3",
-        keys=GEMMA_KEYS,
-        formats={"F32": 6 * 48 + 1, "Q4_K": 7 * 48, "Q6_K": 1},
     ),
 }

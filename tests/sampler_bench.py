@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltxlite.sampling.contract import Prediction, State, Tools
+from ltxlite.sampling.contract import Position, Prediction, State, Tools
 from ltxlite.sampling.noise import SdeNoise
-from ltxlite.sampling.samplers import SAMPLERS, sample
+from ltxlite.sampling.samplers import SAMPLERS, continue_sampling
 
 SHAPES = ((2, 7, 5), (2, 3, 9))
 
@@ -29,12 +29,20 @@ class Bench:
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     log: list[str] = field(default_factory=list)
     noises: list[State] = field(default_factory=list)
+    positions: list[tuple[Position, dict[str, int]]] = field(default_factory=list)
 
     def run(self, sampler: str, x: State, sigmas: Any, **options: float) -> State:
+        return self.go_on(sampler, Position(0, {"x": x}), {}, sigmas, **options)
+
+    def go_on(
+        self, sampler: str, position: Position, drawn: dict[str, int], sigmas: Any, **options: float
+    ) -> State:
+        """Run from a position, with noise that stands where that run's stood."""
         standardised = SAMPLERS[sampler].standardised
-        self.source = SdeNoise(self.shapes, {"step": 91, "sub": 92}, standardised=standardised)
+        seeds = {"step": 91, "sub": 92}
+        self.source = SdeNoise(self.shapes, seeds, standardised=standardised, drawn=drawn)
         tools = Tools(self._denoise, self._noise, self.blend, self._on_step)
-        return sample(sampler, x, sigmas, tools, options)
+        return continue_sampling(sampler, position, sigmas, tools, options)
 
     def _denoise(self, x: State, sigma: float) -> Prediction:
         assert all(stream.dtype == torch.float32 for stream in x)
@@ -50,9 +58,9 @@ class Bench:
         self.noises.append(self.source(kind))
         return self.noises[-1]
 
-    def _on_step(self, step: int, x: State) -> None:
-        assert all(stream.dtype == torch.float32 for stream in x)
-        self.log.append(str(step))
+    def _on_step(self, position: Position) -> None:
+        self.log.append(str(position.done - 1))
+        self.positions.append((position, dict(self.source.drawn)))
 
 
 def curved(x: Tensor, sigma: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ltxlite.checkpoint.assemble import Naming
 from ltxlite.errors import CheckpointError, ShapeError
+from ltxlite.memory.meter import ActivationMeter
 from ltxlite.models import audio_vae
 from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig, PixelNorm
 from ltxlite.models.settings import Settings
@@ -197,3 +198,32 @@ def test_other_layouts_are_refused() -> None:
         tiny("encoder")(noise(1, 1, 9, 64))
     with pytest.raises(ShapeError, match="AudioDecoder"):
         tiny("decoder")(noise(1, 16, 9, 2))
+
+
+@pytest.mark.parametrize("config", [TINY, ODD])
+def test_long_sound_decodes_in_parts_as_at_once(
+    config: AudioVAEConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = random_weights(AudioDecoder(config)).double()
+    latent = noise(1, config.latent_channels, 61, config.latent_bins).double()
+    wanted = decoder(latent)
+    monkeypatch.setattr(audio_vae, "MOST_LATENTS", 20)
+    got = decoder(latent)
+    # float64: the same sums of the same numbers, 1e-12 of the range for another order of them.
+    assert (got - wanted).abs().max() < 1e-12 * wanted.abs().max()
+    early = copy.copy(decoder)
+    early.reach = config.reach // 2  # that no frame looks back further would be news
+    assert (early(latent) - wanted).abs().max() > 1e-9 * wanted.abs().max()
+
+
+def test_memory_of_decoding_sound_does_not_grow_with_it() -> None:
+    with torch.device("meta"):
+        decoder = AudioDecoder(AudioVAEConfig()).bfloat16()
+    peaks = []
+    for latents in (126, 480, 960):
+        with ActivationMeter() as meter:
+            decoder(torch.empty(1, 8, latents, 16, device="meta", dtype=torch.bfloat16))
+        peaks.append(meter.peak_bytes)
+    assert max(peaks) < 0.1e9
+    # Whatever the length, only the spectrogram itself grows: 4 frames of 2 x 64 in bf16, twice.
+    assert peaks[2] - peaks[1] <= 480 * 4 * 2 * 64 * 2 * 2

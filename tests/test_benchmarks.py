@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import formats, quantize, report
 from benchmarks.__main__ import main
 from benchmarks.harness import (
     Case,
@@ -21,6 +21,8 @@ from benchmarks.harness import (
 )
 from benchmarks.rivals import RIVALS, Rival, diffusers_name
 from benchmarks.step import SMALL, Size, cases, checkpoint_shapes, contestants
+from benchmarks.wide_model import wide_networks
+from ltxlite_quant import FORMATS, QuantTensor
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -193,3 +195,99 @@ def test_results_are_filed_by_machine_date_and_commit(tmp_path):
     assert path.relative_to(tmp_path).as_posix() == (
         "intel-xeon-processor-2-00ghz-2-threads/2026-11-21-abc1234-dirty-step.json"
     )
+
+
+def test_the_command_measures_a_format_on_whole_clips(capsys):
+    assert main(["formats", "--models", "1", "--runs", "1", "--case", "Q4_0"]) == 0
+    captured = capsys.readouterr()
+    (case,) = json.loads(captured.out.splitlines()[-1])["cases"]
+    found = case["figures"]
+    assert (case["case"], found["bits"]) == ("Q4_0", 4.5)
+    # Weights lose 8.6 %; through 4 blocks and 11 steps a latent loses something of that order.
+    assert 0.005 < found["video_error"] < 0.5 and 0.005 < found["audio_error"] < 0.5
+    assert 15 < found["psnr"] < 60
+    assert "audio_error" in captured.err and "Q4_0" in captured.err
+
+
+def test_every_matrix_of_the_wide_model_takes_every_format(tmp_path):
+    network = wide_networks(tmp_path, 0).transformer()
+    matrices = formats._matrices(network)
+    assert len(matrices) == 4 * 34  # linears of a block: formats.md 7, 1
+    assert all(linear.in_features % 256 == 0 for linear in matrices.values())
+
+
+def test_smaller_formats_of_a_family_have_fewer_bits():
+    for name, smaller in formats.SMALLER.items():
+        assert formats.bits_of(smaller) < formats.bits_of(name)
+    # formats.md 3: one number a tensor; one a row of 4096; one of 8 bits a group of 32.
+    sizes = {"F8_E4M3_SCALED": 32 / (256 * 4096), "INT8": 32 / 4096, "MXFP8": 8 / 32}
+    for name, scales in sizes.items():
+        assert formats.bits_of(name) == pytest.approx(8 + scales, abs=1e-9)
+
+
+class FakeClip:
+    """A clip whose latents are off by as much as a table says."""
+
+    reference = 0.0
+
+    def __init__(self, errors: dict[str, float]) -> None:
+        self.errors = errors
+
+    def made(self, change: str) -> float:
+        return self.errors[change]
+
+
+def test_errors_of_formats_are_means_over_models_and_compared_within_a_family(monkeypatch):
+    monkeypatch.setattr(formats, "change_to", lambda name: name)
+    monkeypatch.setattr(
+        formats,
+        "_compared",
+        lambda made, wanted: {
+            "video_error": made,
+            "audio_error": 2 * made,
+            "psnr": 10 / made,
+            "snr": 5.0,
+        },
+    )
+    study = formats.Study(
+        [FakeClip({"Q5_0": 1.0, "Q4_0": 2.0}), FakeClip({"Q5_0": 3.0, "Q4_0": 2.0})]
+    )
+    found = study.of_case("Q5_0")
+    assert found["video_error"] == pytest.approx(5**0.5), "root mean square of 1 and 3"
+    assert found["psnr"] == pytest.approx((10 + 10 / 3) / 2), "decibels are averaged"
+    # A format that is worse than the smaller one shows as more than 1, and as more than 0 dB.
+    assert found["video_over_smaller"] == pytest.approx(5**0.5 / 2)
+    assert found["psnr_behind_smaller"] == pytest.approx(5 - 20 / 3)
+    assert "video_over_smaller" not in study.of_case("Q4_0")
+
+
+@pytest.mark.parametrize("benchmark", ["formats", "quantize"])
+def test_targets_name_cases_that_are_run(benchmark):
+    named = {case for target in report.read_targets(benchmark) for case in target.get("cases", ())}
+    run = {
+        "formats": {*formats.PLAIN, *formats.ENCODERS, *formats.PLANS, *formats.SCALED},
+        "quantize": {case.name for case in quantize.cases(argparse.Namespace())},
+    }
+    assert named and named <= run[benchmark]
+
+
+def test_weighted_errors_are_sums_of_squares_times_importance():
+    random = torch.Generator().manual_seed(4)
+    source = torch.randn(5, 64, generator=random)
+    importance = torch.rand(64, generator=random) * 1000
+    made = quantize._ours(source, "Q8_0", "default", importance)
+    assert isinstance(made, QuantTensor) and made.format == FORMATS["Q8_0"]
+    miss = made.dequantize().double().numpy() - source.double().numpy()
+    wanted = (miss**2 * importance.double().numpy()).sum()
+    assert quantize._weighted_error(made, source, importance) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_importances_of_the_quantize_benchmark_differ_between_inputs_and_one_kind_is_measured():
+    found = quantize._importances()
+    assert found.keys() == {"lognormal", "outliers", "calibrated"}
+    for kind, importance in found.items():
+        assert importance.shape == (2048,) and bool((importance > 0).all()), kind
+        assert importance.log().std() > 0.5, kind
+    # Four blocks' feed-forwards of 256 inputs each, twice.
+    assert torch.equal(found["calibrated"][:1024], found["calibrated"][1024:])
+    assert (found["outliers"] > 100).sum() == 2048 / 64

@@ -9,7 +9,6 @@ import pytest
 from ltxlite.checkpoint.files import open_models
 from ltxlite.checkpoint.variant import variant_of
 from ltxlite.cli import main
-from ltxlite.cli.jobs import split_lora
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 MODEL = GOLDEN / "tiny-2.3-distilled.safetensors"
@@ -110,13 +109,6 @@ def test_variants_are_read_from_words_not_from_parts_of_words(
     shutil.copy(MODEL, path)
     found = variant_of(open_models(path)[0])
     assert (found[0] if found else None) == variant
-
-
-def test_lora_strengths_are_split_off_paths_even_on_windows() -> None:
-    assert split_lora("style.safetensors") == ("style.safetensors", (1.0,))
-    assert split_lora("a/b.safetensors:0.8,.5") == ("a/b.safetensors", (0.8, 0.5))
-    assert split_lora(r"C:\x\y.safetensors") == (r"C:\x\y.safetensors", (1.0,))
-    assert split_lora(r"C:\x\y.safetensors:-1") == (r"C:\x\y.safetensors", (-1.0,))
 
 
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

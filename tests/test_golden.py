@@ -8,12 +8,13 @@ A case is dispatched by its `kind`; an unknown kind or an unknown stored tensor 
 from pathlib import Path
 
 import pytest
+from golden_geometry import GEOMETRY_KINDS
 from golden_networks import NETWORK_KINDS
 from golden_sampling import SAMPLING_KINDS
 from golden_support import Case, compare, read_manifest
 from golden_text import TEXT_KINDS
 
-KINDS = {**NETWORK_KINDS, **TEXT_KINDS, **SAMPLING_KINDS}
+KINDS = {**GEOMETRY_KINDS, **NETWORK_KINDS, **TEXT_KINDS, **SAMPLING_KINDS}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -92,7 +92,17 @@ def test_checkpoint_and_memory_know_no_particular_network() -> None:
 
 
 def test_only_linear_joins_quant_and_kernels() -> None:
-    users = r"ltxlite\.(?!linear$).*"
+    joined = [
+        module
+        for module in modules()
+        if module.startswith("ltxlite.")
+        and {"ltxlite_quant", "ltxlite_kernels"} <= {n.split(".")[0] for n in imports_of(module)}
+    ]
+    assert joined == ["ltxlite.linear"]
+
+
+def test_networks_use_kernels_and_nobody_else_does() -> None:
+    users = r"ltxlite\.(?!models|linear$|account).*"  # an account states what kernels take
     assert not offending(users, "ltxlite_kernels")
 
 
@@ -103,7 +113,10 @@ def test_only_the_command_line_imports_the_pipeline() -> None:
 def test_errors_import_nothing_of_ours_and_requests_no_torch() -> None:
     assert not offending(r"ltxlite\.errors", *OWN)
     assert not offending(
-        r"ltxlite\.request", *OWN, "torch", allowed=("ltxlite.errors", "ltxlite.sampling.settings")
+        r"ltxlite\.request",
+        *OWN,
+        "torch",
+        allowed=("ltxlite.errors", "ltxlite.sampling.settings", "ltxlite.strength"),
     )
 
 
@@ -117,19 +130,36 @@ def test_source_roots_are_no_packages() -> None:
         assert not (ROOT / folder / "__init__.py").exists()
 
 
+def is_device_code(module: str) -> bool:
+    """Tell modules that only other kernels import, where they have found Triton."""
+    text = source_of(module).read_text(encoding="utf-8")
+    return module.startswith("ltxlite_kernels.") and "\nimport triton\n" in text
+
+
 @pytest.mark.parametrize("without", [POSIX_ONLY, ("triton",)], ids=["posix", "triton"])
 def test_every_module_imports_without(without: tuple[str, ...]) -> None:
     # A module set to None in sys.modules raises ImportError, as on a machine without it. torch and
     # friends are imported first: what they need of the system is their affair.
+    names = [name for name in modules() if "triton" not in without or not is_device_code(name)]
     code = (
         "import sys, json, torch, numpy, av, PIL, rich.progress, sentencepiece, tokenizers\n"
         "import rich.console, PIL.Image, PIL.ImageOps, PIL.ImageCms\n"
         f"for name in {without!r}: sys.modules[name] = None\n"
         "import importlib\n"
-        f"for name in json.loads({json.dumps(json.dumps(modules()))}): "
+        f"for name in json.loads({json.dumps(json.dumps(names))}): "
         "importlib.import_module(name)\n"
     )
     run_python(code)
+
+
+def test_no_file_has_more_than_400_lines() -> None:
+    sources = [
+        path
+        for folder in ("ltxlite", "kernels", "quant", "benchmarks", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources}
+    assert not {path.name: count for path, count in lengths.items() if count > 400}
 
 
 def test_help_answers_at_once_and_imports_no_torch() -> None:

@@ -1,6 +1,4 @@
-"""Quantized and low-rank Linears against gguf-py, nn.Linear and the official fusion."""
-
-from pathlib import Path
+"""Quantized Linears against gguf-py and nn.Linear."""
 
 import gguf
 import numpy as np
@@ -12,10 +10,7 @@ from torch import nn
 from ltxlite import linear
 from ltxlite.errors import ShapeError
 from ltxlite.linear import (
-    LowRankLinear,
-    LowRankTerm,
     QuantLinear,
-    merged_weight,
     row_pieces,
     swap_linears,
 )
@@ -24,7 +19,6 @@ from ltxlite_quant.containers import open_container
 from ltxlite_quant.encode import quantize
 from ltxlite_quant.gguf import write_gguf
 
-GOLDEN = Path(__file__).parent / "golden"
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 
@@ -35,11 +29,6 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def quant_linear(rows: int, length: int, bias: bool = True) -> QuantLinear:
     weight = quantize(normal(rows, length), FORMATS["Q8_0"])
     return QuantLinear(weight, normal(rows, seed=1) if bias else None)
-
-
-def term(rows: int, length: int, rank: int = 3, scale: float = 1.0, seed: int = 5) -> LowRankTerm:
-    a, b = normal(rank, length, seed=seed), normal(rows, rank, seed=seed + 1)
-    return LowRankTerm(a, b, scale, "style.safetensors")
 
 
 def test_a_gguf_of_gguf_py_runs_through_quant_linear(tmp_path):
@@ -175,57 +164,3 @@ def test_impossible_quantized_linears_are_refused():
         QuantLinear(quantize(torch.zeros(2, 3, 32), FORMATS["Q8_0"]))
     with pytest.raises(ShapeError, match="does not fit a weight"):
         QuantLinear(quantize(torch.zeros(3, 32), FORMATS["Q8_0"]), torch.zeros(4))
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_low_rank_terms_add_to_the_base_and_follow_their_strengths(quantized):
-    base: nn.Linear | QuantLinear = quant_linear(33, 64) if quantized else nn.Linear(64, 33)
-    weight = base.decoded(torch.float32) if isinstance(base, QuantLinear) else base.weight
-    terms = [term(33, 64, 3, 0.5), term(33, 64, 7, 2.0, seed=8)]
-    layer = LowRankLinear(base, terms)
-    assert (layer.in_features, layer.out_features) == (64, 33)
-    x = normal(2, 5, 64, seed=2)
-    for strengths in ([1.0, 1.0], [0.25, -0.5], [0.0, 0.0]):
-        layer.strengths = strengths
-        delta = sum(
-            strength * one.scale * one.b.double() @ one.a.double()
-            for strength, one in zip(strengths, terms, strict=True)
-        )
-        wanted = F.linear(x.double(), weight.double() + delta, base.bias.double())
-        # fp32 sums of 64 products, of values up to about 100: 1e-6 relative to the largest.
-        torch.testing.assert_close(
-            layer(x).double(), wanted, rtol=0, atol=2e-6 * wanted.abs().max().item()
-        )
-    assert torch.equal(layer(x), base(x))  # strength 0 is exactly off
-
-
-def test_the_golden_matrix_is_fused_bit_for_bit():
-    name = "transformer_blocks.0.attn1.to_q"
-    with open_container(GOLDEN / "models/tiny-2.3-distilled.safetensors") as file:
-        weight = file.load(f"model.diffusion_model.{name}.weight")
-    with open_container(GOLDEN / "models/tiny-distilled-lora-r4.safetensors") as file:
-        a, b = (file.load(f"diffusion_model.{name}.lora_{side}.weight") for side in "AB")
-    with open_container(GOLDEN / "golden/lora.safetensors") as file:
-        wanted = file.load(f"bf16_fused.{name}.weight_strength0.8")
-    official = merged_weight(weight, [LowRankTerm(a, b, 1.0, "lora")], torch.bfloat16, [0.8])
-    assert torch.equal(official, wanted)
-
-
-def test_merging_several_terms_in_fp32_is_the_sum_of_their_products():
-    weight, terms = normal(33, 64), [term(33, 64, 3, 0.5), term(33, 64, 7, 2.0, seed=8)]
-    wanted = weight.double() + sum(one.scale * one.b.double() @ one.a.double() for one in terms)
-    merged = merged_weight(weight, terms, torch.float32)
-    # A handful of fp32 roundings of values up to about 20.
-    torch.testing.assert_close(merged.double(), wanted, rtol=0, atol=1e-5)
-    assert torch.equal(merged_weight(weight, [], torch.bfloat16), weight.bfloat16())
-
-
-def test_low_rank_terms_that_do_not_fit_are_refused():
-    with pytest.raises(ShapeError, match=r"style\.safetensors: .*\(33, 64\) does not fit .*32"):
-        LowRankLinear(nn.Linear(64, 32), [term(33, 64)])
-    with pytest.raises(ShapeError, match="does not fit"):
-        merged_weight(torch.zeros(33, 32), [term(33, 64)], torch.float32)
-    with pytest.raises(ShapeError, match="must share r"):
-        LowRankTerm(torch.zeros(3, 64), torch.zeros(33, 4), 1.0, "x")
-    with pytest.raises(ShapeError, match="as many strengths"):
-        merged_weight(torch.zeros(33, 64), [term(33, 64)], torch.float32, [])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ltxlite.memory.meter import ActivationMeter
+from ltxlite.memory.meter import ActivationMeter, Footprints
 
 KIB = 1024
 ROW = 4 * KIB  # one row of 1024 fp32
@@ -117,3 +118,101 @@ def test_what_outlives_the_meter_still_leaves_its_account():
     assert meter.current_bytes == 2 * ROW
     del x
     assert meter.current_bytes == 0
+
+
+def test_a_restart_begins_with_what_is_alive():
+    with ActivationMeter() as meter:
+        kept = torch.zeros(3, 1024)
+        torch.zeros(9, 1024)
+        assert meter.restart() == 12 * ROW
+        assert (meter.peak_bytes, meter.current_bytes) == (3 * ROW, 3 * ROW)
+        torch.zeros(2, 1024)
+    assert meter.peak_bytes == 5 * ROW and kept.shape == (3, 1024)
+
+
+def test_the_largest_holders_are_those_of_the_peak_not_those_of_the_end():
+    with ActivationMeter(trace=True) as meter:
+        first = torch.zeros(4, 1024)
+        second = first + 1
+        assert [item.shape for item in meter.largest()] == [(4, 1024)] * 2
+        del first
+        third = second[:1] * 2
+    found = meter.largest(1)[0]
+    assert len(meter.largest()) == 2 and third.shape == (1, 1024)
+    assert (found.nbytes, found.shape) == (4 * ROW, (4, 1024))
+    assert "test_the_largest_holders" in found.where
+    assert found.line().split()[:3] == ["0.0", "MiB", "4x1024"]
+
+
+def test_footprints_raise_the_peak_while_an_operation_runs_and_libraries_stand_apart():
+    given = torch.ones(4, 1024)
+    product = torch.ops.aten.mm.default
+    footprints = Footprints({product: lambda out, a, b: out.nbytes}, {product: lambda *_: 77})
+    with ActivationMeter(footprints=footprints) as meter:
+        out = given @ given.t()  # 64 bytes, and as many of workspace
+        assert (meter.peak_bytes, meter.current_bytes) == (2 * out.nbytes, out.nbytes)
+        assert meter.library_bytes == 77
+        assert meter.largest(9)[-1].operation == "workspace of aten.mm.default"
+        assert meter.restart() == 2 * out.nbytes
+    assert meter.library_bytes == 0
+
+
+class Everything(nn.Module):
+    """Views, in-place steps, chunks, casts, several results: what networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 96), nn.Linear(96, 32)
+        self.conv = nn.Conv2d(3, 5, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[1], 7):  # the last chunk is shorter
+            rows = slice(start, start + 7)
+            hidden = F.gelu(self.up(F.layer_norm(x[:, rows], (32,))))
+            out[:, rows] = self.down(hidden.mul_(2)).to(torch.bfloat16).to(x.dtype)
+        values, places = out.max(dim=-1)
+        out.add_(values[..., None]).addcmul_(out, out, value=0.5)
+        image = self.conv(out[:, :9].reshape(1, 3, 12, -1).contiguous())
+        halves = torch.cat([part.clone() for part in image.chunk(2, dim=2)], dim=0)
+        return torch.stack([halves.flatten().sum(), places.sum()])
+
+
+def test_results_that_are_recalled_on_meta_are_counted_as_if_computed():
+    torch.manual_seed(0)
+    real = Everything()
+    with torch.device("meta"):
+        blank = Everything()
+    peaks = []
+    for network, x in ((real, torch.randn(1, 33, 32)), (blank, torch.empty(1, 33, 32).to("meta"))):
+        with ActivationMeter(x.device.type) as meter:
+            network(x)
+            network(x)  # all of it known by now
+        peaks.append((meter.peak_bytes, meter.current_bytes))
+    assert peaks[0] == peaks[1]
+
+
+def test_recall_keeps_shapes_dtypes_and_strides_apart():
+    def shapes(x: torch.Tensor) -> list[object]:
+        made = [x + 1, x.float() * 2, x.t() + 1, torch.cat([x, x]), x[1:] + x[:-1]]
+        return [(item.shape, item.dtype, item.stride()) for item in made]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in ((3, 5), (5, 3)):
+            wanted = shapes(torch.zeros(size, dtype=dtype))
+            with ActivationMeter("meta"):
+                x = torch.empty(size, dtype=dtype, device="meta")
+                assert shapes(x) == wanted and shapes(x) == wanted
+
+
+def test_recall_answers_nothing_that_values_decide_and_leaves_the_cpu_alone():
+    with ActivationMeter("meta") as meter:
+        for value in (1.0, 2.0):
+            host = torch.full((3,), value)
+            assert (host + 1).tolist() == [value + 1] * 3
+            card = torch.empty(3, device="meta")
+            card.resize_(4)
+            card.add_(1)
+            assert card.shape == (4,)
+            del card
+    assert meter.peak_bytes == 16

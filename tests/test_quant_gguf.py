@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ltxlite_quant.containers import open_container
 from ltxlite_quant.encode import quantize
+from ltxlite_quant.encode_scaled import quantize_scaled
 from ltxlite_quant.formats import FORMATS, FormatError
 from ltxlite_quant.gguf import GgufFile, write_gguf
 from ltxlite_quant.safetensors import SafetensorsFile
@@ -164,9 +165,13 @@ def test_a_failed_write_leaves_neither_a_part_nor_a_changed_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+SCALED = quantize_scaled(torch.randn(4, 32), FORMATS["F8_E4M3_SCALED"])
+
+
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
+        ({"s": SCALED}, {}, "s: GGUF has no type for F8_E4M3_SCALED; decode it, or quantize it"),
         ({"s": torch.tensor(1.0)}, {}, "s: GGUF holds 1 to 4 dimensions"),
         ({"s": torch.zeros(1, 1, 1, 1, 1)}, {}, "1 to 4 dimensions"),
         ({}, {"general.architecture": "x"}, "set by write_gguf"),
@@ -186,7 +191,7 @@ def test_a_vocabulary_reads_thirty_times_faster_than_gguf_py(tmp_path):
         writer.add_array("tokenizer.ggml.tokens", [f"▁word{i}" for i in range(count)])
         writer.add_array("tokenizer.ggml.scores", [-float(i) for i in range(count)])
         writer.add_array("tokenizer.ggml.token_type", [1] * count)
-        writer.add_tensor("x", np.zeros(4, np.float32))
+        writer.add_tensor("x", np.zeros(1 << 19, np.float32))  # vocabularies come with models
 
     path = tmp_path / "v.gguf"
     gguf_py_file(path, fill)
@@ -246,6 +251,20 @@ HOSTILE = {
     "offset": (build(tensors=[tensor_info(offset=8)]), "wanted a multiple of 32"),
     "tensor twice": (build(tensors=[tensor_info(), tensor_info(offset=64)]), "'x' stands twice"),
     "overlap": (build(tensors=[tensor_info(), tensor_info("y", offset=32)], data=96), "inside 'x'"),
+    "nothing at all": (b"GGUF", "cut short inside its header, got 4 bytes"),
+    "a shape of words": (
+        build(keys=[text("comfy.gguf.orig_shape.x") + struct.pack("<IIQ", 9, 8, 1) + text("12")]),
+        r"orig_shape of 'x' must be a list of sizes, got \['12'\]",
+    ),
+    "a shape too long": (
+        build(keys=[text("comfy.gguf.orig_shape.x") + struct.pack("<IIQ99i", 9, 5, 99, *[1] * 99)]),
+        "must be a list of sizes",
+    ),
+    "text cut in a letter": (
+        build(keys=[text("k") + struct.pack("<IQ", 8, 2) + b"a\xc3"]),
+        "the text of k cannot be read",
+    ),
+    "an element of no kind": (build(keys=[text("k") + struct.pack("<II", 9, 77)]), "value type 77"),
     "cut data": (build(data=47), r"got 143 bytes, wanted 144 \('x' is incomplete\)"),
 }
 
@@ -256,6 +275,35 @@ def test_a_bad_file_is_refused_with_what_is_wrong(tmp_path, kind):
     with pytest.raises(FormatError, match=message) as caught:
         opened(tmp_path, content)
     assert "x.gguf" in str(caught.value)
+
+
+def test_tensors_without_elements_are_read_as_what_they_are(tmp_path):
+    infos = [tensor_info("a", (0, 3)), tensor_info("b", (32, 0), kind=8)]
+    infos += [tensor_info("c", (4,)), tensor_info("d", (), offset=32)]
+    file = opened(tmp_path, build(tensors=infos, data=36))
+    assert {name: tuple(file.load(name).shape) for name in "abcd"} == {
+        "a": (3, 0),
+        "b": (0, 32),
+        "c": (4,),
+        "d": (),
+    }
+
+
+def test_a_file_that_became_shorter_is_told_and_does_not_end_the_process(tmp_path):
+    content = build(tensors=[tensor_info(), tensor_info("y", (1024,), offset=64)], data=64 + 4096)
+    file = opened(tmp_path, content)
+    with (tmp_path / "x.gguf").open("r+b") as open_file:
+        open_file.truncate(len(content) - 1)
+    assert torch.equal(file.load("x"), torch.zeros(3, 4))  # all of it is still there
+    with pytest.raises(FormatError, match=r"became shorter while it was open, got \d+ bytes"):
+        file.load("y")
+
+
+def test_a_file_that_is_growing_is_read_as_it_was(tmp_path):
+    file = opened(tmp_path, build())
+    with (tmp_path / "x.gguf").open("ab") as open_file:
+        open_file.write(bytes(100))
+    assert torch.equal(file.load("x"), torch.zeros(3, 4))
 
 
 def test_every_truncation_of_a_good_file_is_refused(tmp_path):

@@ -117,7 +117,11 @@ HOSTILE = {
     "long header": (struct.pack("<Q", MAX_HEADER_BYTES + 1) + bytes(99), "not a safetensors file"),
     "cut header": (struct.pack("<Q", 5000) + b"{}", "got 10 bytes, wanted 5008"),
     "not json": (struct.pack("<Q", 4) + b"{\xff\xfe}", "not valid JSON"),
-    "deep json": (struct.pack("<Q", 99_999) + b"[" * 99_999, "not valid JSON"),
+    "deep json": (struct.pack("<Q", 99_999) + b'{"a":' + b"[" * 99_994, "not valid JSON"),
+    "utf-32": (struct.pack("<Q", 8) + "{}".encode("utf-32-be"), r"starts with b'\\x00\\x00"),
+    "utf-16": (struct.pack("<Q", 4) + "{}".encode("utf-16-le"), "not valid JSON"),
+    "space first": (struct.pack("<Q", 3) + b" {}", "it starts with b' {}'"),
+    "no header": (struct.pack("<Q", 0), "not valid JSON"),
     "a list": (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
 }
 
@@ -152,6 +156,14 @@ BAD_HEADERS = [
     ({}, "the header describes"),
     ({"__metadata__": {"a": 1}, "x": info()}, "__metadata__ must map strings to strings"),
     (b'{"x": 1, "x": 2}', "the key 'x' stands twice"),
+    (b'{"x": {"dtype": "F32", "dtype": "F32"}}', "the key 'dtype' stands twice"),
+    ({"x": info(shape=[1] * 99)}, "shape must be a list of sizes"),
+    ({"x": info(shape=(2, float("nan")))}, "shape must be a list of sizes"),
+    ({"x": info(shape=(float("inf"), 0))}, "shape must be a list of sizes"),
+    (b'{"x": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b'{"x": {"dtype": "U8", "shape": [1e0], "data_offsets": [0, 1]}}', "must be a list of sizes"),
+    ({"x" * 5000: 3}, "'x{160}': wanted dtype"),
+    ({"a": info("U8", (0,), (3, 3)), "x": info()}, "'a' starts at byte .* inside 'x'"),
 ]
 
 
@@ -160,6 +172,16 @@ def test_a_bad_header_is_refused_with_what_is_wrong(tmp_path, header, message):
     path = write(tmp_path / "bad.safetensors", header, bytes(24))
     with pytest.raises(FormatError, match=message):
         SafetensorsFile(path)
+
+
+def test_a_file_that_became_shorter_is_told_and_does_not_end_the_process(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1 << 20)}, path)
+    file = SafetensorsFile(path)
+    with path.open("r+b") as open_file:
+        open_file.truncate(path.stat().st_size - 4)
+    with pytest.raises(FormatError, match=r"became shorter while it was open, got \d+ bytes"):
+        file.load("a")
 
 
 def test_every_truncation_of_a_good_file_is_refused(tmp_path):

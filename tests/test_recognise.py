@@ -1,21 +1,28 @@
 """Every published form of formats.md 1, as a header without data: told from names and shapes."""
 
 from collections import Counter
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
 import pytest
 import release_files as made
+import release_forms
+import release_gemma
+import release_parts
 import torch
 from release_files import PREFIX, Typed, prefixed, typed, write_gguf, write_safetensors
-from release_forms import FORMS, REAL
+from release_forms import REAL
 
 from ltxlite.checkpoint.files import ModelFiles, OpenModel, open_models
 from ltxlite.errors import CheckpointError
 from ltxlite.models.transformer import Transformer
 from ltxlite.models.transformer_config import TransformerConfig
-from ltxlite.networks import Networks, missing_parts
+from ltxlite.network_configs import missing_parts
+from ltxlite.networks import Networks
 from ltxlite.release import release_name
+
+FORMS = release_forms.FORMS | release_gemma.FORMS | release_parts.FORMS
 
 
 @pytest.mark.parametrize(
@@ -66,13 +73,29 @@ def test_a_published_form_is_recognised_from_its_header(tmp_path: Path, name: st
     assert lacks_connectors == ("video_connector" not in wanted.components)
 
 
+@pytest.mark.parametrize("name", list(release_parts.UPSCALERS))
+def test_an_upscaler_is_recognised_with_what_it_does(tmp_path: Path, name: str) -> None:
+    wanted, gigabytes, kind = release_parts.UPSCALERS[name]
+    path = wanted.write(tmp_path)
+    assert path.stat().st_size / 1e9 == pytest.approx(gigabytes, rel=0.005)
+    (model,) = open_models(path)
+    assert model.components == ("upscaler",)
+    networks = Networks(ModelFiles([model]), torch.device("cpu"), torch.float32)
+    assert networks.upscaler_kind(model) == kind
+
+
 def assert_complete(networks: Networks, model: OpenModel) -> None:
     """The names and shapes are those of the network that the configuration describes."""
-    with torch.device("meta"):
-        network = Transformer(networks.transformer_config())
     naming = networks.naming("transformer")
     given = {naming.rename(name): s.shape for name, s in model.named("transformer").items()}
-    assert given == {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert given == shapes_of(networks.transformer_config())
+
+
+@lru_cache
+def shapes_of(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = Transformer(config)
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
 REFUSED: dict[str, tuple[Typed, str]] = {
@@ -80,9 +103,9 @@ REFUSED: dict[str, tuple[Typed, str]] = {
     "duration head": ({"duration_head.proj.weight": ("BF16", (4, 4))}, "duration head"),
     "tae": ({"decoder.1.weight": ("F16", (64, 128, 3, 3))}, "preview autoencoder"),
     "mmproj": ({"v.blk.0.attn_q.weight": ("F16", (1152, 1152))}, "vision projector"),
-    "diffusers": (
+    "LTX-Video of diffusers": (
         {"time_embed.emb.timestep_embedder.linear_1.weight": ("BF16", (4096, 256))},
-        "diffusers names",
+        "LTX-Video without sound, as diffusers names it",
     ),
     "LTX-Video 0.9": (
         {f"{PREFIX}adaln_single.emb.timestep_embedder.linear_1.weight": ("BF16", (2048, 256))},

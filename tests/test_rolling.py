@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,21 +9,22 @@ import pytest
 import torch
 from narrow_vae import narrow_config, narrow_decoder, narrow_encoder, shallow
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from ltxlite.errors import ShapeError
+from ltxlite.memory.meter import ActivationMeter
+from ltxlite.models.causal_conv import CausalConv3d
 from ltxlite.models.rolling import GROUP_BYTES, decode_frames, encode_frames
 from ltxlite.models.video_vae import (
-    CausalConv3d,
     DepthToSpaceUpsample,
     VideoDecoder,
     VideoEncoder,
 )
+from ltxlite.models.video_vae_config import VideoVAEConfig
 
 # float64 over some 40 convolutions of random networks: 0 measured where groups do not change how a
 # convolution adds up, 1e-11 where they may; a wrong frame at an edge shows as 1e-2 or more.
 TOLERANCE = 1e-11
+SIZES = [(1, 3, 2), (2, 2, 3), (3, 3, 3), (5, 2, 2)]  # latent frames, rows, columns
 FAMILIES = pytest.mark.parametrize("family", ["2.0", "2.3"])
 PADDINGS = pytest.mark.parametrize("padding", ["zeros", "reflect"])
 
@@ -40,16 +40,26 @@ def noise(*shape: int) -> Tensor:
 
 @FAMILIES
 @PADDINGS
-@pytest.mark.parametrize("latents", [1, 2, 5])
+@pytest.mark.parametrize("size", SIZES)
 def test_decoding_in_groups_equals_decoding_at_once(
-    family: str, padding: Any, latents: int
+    family: str, padding: Any, size: tuple[int, int, int]
 ) -> None:
     decoder = narrow_decoder(family, padding)
-    latent = noise(2, 8, latents, 3, 2)
+    latent = noise(2, 8, *size)
     wanted = decoder(latent)
     for group_bytes in (1, 50_000, GROUP_BYTES):  # one frame, some frames, the clip in one go
         got = torch.cat(list(decode_frames(decoder, latent, group_bytes)), dim=2)
         assert relative_error(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "padding"), [("2.0", "reflect"), ("2.3", "zeros")])
+def test_121_frames_in_fp32_differ_by_rounding_only(family: str, padding: Any) -> None:
+    decoder = narrow_decoder(family, padding).float()
+    latent = noise(1, 8, 16, 3, 2).float()
+    wanted = decoder(latent)
+    for group_bytes in (60_000, 200_000):
+        got = torch.cat(list(decode_frames(decoder, latent, group_bytes)), dim=2)
+        assert relative_error(got, wanted) < 1e-5  # of the range; 1e-6 measured
 
 
 def test_decoding_a_clip_longer_than_the_receptive_field_equals_decoding_at_once() -> None:
@@ -79,38 +89,6 @@ def test_encoding_leaves_out_the_frames_after_the_last_whole_latent() -> None:
     assert relative_error(got, encoder(pixels[:, :, :9])) < TOLERANCE
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, from its birth to its death."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def ignore(self, *tensors: Tensor) -> None:
-        """Do not count views of these."""
-        self.known.update(tensor.untyped_storage()._cdata for tensor in tensors)
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self.known:
-            return
-        self.known.add(storage._cdata)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
 @functools.cache
 def shallow_decoder() -> VideoDecoder:
     with torch.device("meta"):
@@ -122,15 +100,14 @@ def account_of_decoding(latents: int, group_bytes: int) -> tuple[int, int]:
     """Return the peak of live bytes, and what lives when the first frame is handed over."""
     decoder = shallow_decoder()
     latent = torch.empty(1, 8, latents, 4, 6, device="meta")
-    with LiveBytes() as meter:
-        meter.ignore(latent, *decoder.parameters(), *decoder.buffers())
+    with ActivationMeter() as meter:
         parts = decode_frames(decoder, latent, group_bytes)
         next(parts)
-        first = meter.live
+        first = meter.current_bytes
         for frames in parts:
             del frames
-    assert meter.live == 0
-    return meter.peak, first
+    assert meter.current_bytes == 0
+    return meter.peak_bytes, first
 
 
 def test_peak_memory_of_decoding_does_not_grow_with_the_clip() -> None:
@@ -140,7 +117,7 @@ def test_peak_memory_of_decoding_does_not_grow_with_the_clip() -> None:
     assert account_of_decoding(9, 1)[0] < account_of_decoding(9, GROUP_BYTES)[0] / 10
 
 
-def test_two_frames_are_kept_for_each_convolution_and_nothing_else() -> None:
+def test_two_frames_are_kept_for_each_convolution_and_hardly_more() -> None:
     kept = 0
 
     def count(module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
@@ -156,7 +133,9 @@ def test_two_frames_are_kept_for_each_convolution_and_nothing_else() -> None:
     for hook in hooks:
         hook.remove()
     _, first = account_of_decoding(9, 1)
-    assert first == kept + 2 * frame.nbytes  # the first frame, and before its last rearrangement
+    # Beside the first frame, which the caller has: pairs that an upsampler made stay together, a
+    # frame per doubling of time, and roots, which are a 128th of a frame of the real width.
+    assert kept <= first - frame.nbytes <= 1.1 * kept
 
 
 def test_peak_memory_of_encoding_does_not_grow_with_the_clip() -> None:
@@ -164,10 +143,9 @@ def test_peak_memory_of_encoding_does_not_grow_with_the_clip() -> None:
         encoder = VideoEncoder(shallow(narrow_config("2.3", "zeros")))
     peaks = []
     for frames in (25, 41):
-        with LiveBytes() as meter:
-            meter.ignore(*encoder.parameters(), *encoder.buffers())
+        with ActivationMeter() as meter:
             latent = encode_frames(encoder, blank_frames(frames), group_bytes=1)
-        peaks.append(meter.peak - 2 * latent.nbytes)  # the latents and their concatenation
+        peaks.append(meter.peak_bytes - 2 * latent.nbytes)  # the latents and their concatenation
     assert peaks[1] <= peaks[0]
 
 
@@ -206,3 +184,54 @@ def test_wrong_layouts_are_refused_before_anything_is_computed() -> None:
         decode_frames(narrow_decoder("2.3"), noise(1, 7, 2, 2, 2))
     with pytest.raises(ShapeError, match="no frame"):
         encode_frames(narrow_encoder("2.3"), [])
+
+
+@functools.cache
+def released(family: str) -> tuple[VideoDecoder, VideoEncoder]:
+    config = VideoVAEConfig.released(family)
+    with torch.device("meta"):
+        return VideoDecoder(config).bfloat16(), VideoEncoder(config).bfloat16()
+
+
+PIXELS = 1088 * 1920
+
+
+def full_size_peak(latents: int, group_bytes: int) -> int:
+    decoder, _ = released("2.3")
+    latent = torch.empty(1, 128, latents, 34, 60, device="meta", dtype=torch.bfloat16)
+    with ActivationMeter() as meter:
+        for frames in decode_frames(decoder, latent, group_bytes):
+            assert frames.shape[3:] == (1088, 1920)
+    return meter.peak_bytes
+
+
+def test_a_1920x1088_clip_decodes_in_1000_bytes_a_pixel() -> None:
+    # Two frames for each of 38 convolutions are 844 bytes a pixel. In flight at the finest level:
+    # the new frame, its hidden one, three frames seen and one made, 16 each; two halves of pairs
+    # wait at the three levels that double time, 56; the pixels given out, 6; roots, 2.
+    assert 844 + 6 * 16 + 56 + 6 + 2 == 1004
+    assert full_size_peak(7, group_bytes=1) <= 1004 * PIXELS  # all layers run from 5 latents on
+    assert full_size_peak(9, group_bytes=32 << 20) <= 1004 * PIXELS + (32 << 20)
+
+
+def test_larger_groups_of_241_frames_cost_a_few_times_their_bytes() -> None:
+    # What may wait at each of three levels, and what one layer works on: at most six groups.
+    assert full_size_peak(31, 128 << 20) <= 1004 * PIXELS + 6 * (128 << 20)
+
+
+def test_a_1920x1088_picture_is_encoded_in_a_quarter_of_a_gigabyte() -> None:
+    encoder = released("2.3")[1]
+    picture = torch.empty(1, 3, 1, 1088, 1920, device="meta", dtype=torch.bfloat16)
+    for run in (encoder, lambda x: encode_frames(encoder, [x])):
+        with ActivationMeter() as meter:
+            run(picture)
+        assert meter.peak_bytes < 0.25e9
+
+
+def test_a_1920x1088_clip_is_encoded_in_1040_bytes_a_pixel() -> None:
+    # 928 kept: as in decoding, and an odd frame before each of three layers that halve time.
+    _, encoder = released("2.3")
+    pieces = (torch.empty(1, 3, 1, 1088, 1920, device="meta", dtype=torch.bfloat16),) * 18
+    with ActivationMeter() as meter:
+        encode_frames(encoder, pieces, group_bytes=1)
+    assert meter.peak_bytes < 1040 * PIXELS

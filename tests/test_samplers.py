@@ -52,7 +52,7 @@ def test_a_step_is_reported_before_the_next_evaluation() -> None:
 def test_option_defaults_are_those_of_the_functions() -> None:
     assert SAMPLERS.keys() == SAMPLER_OPTIONS.keys()
     for name, sampler in SAMPLERS.items():
-        parameters = list(inspect.signature(sampler.run).parameters.values())[3:]
+        parameters = list(inspect.signature(sampler.step).parameters.values())[3:]
         assert {p.name: p.default for p in parameters} == SAMPLER_OPTIONS[name]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ltxlite.checkpoint.assemble import Naming
 from ltxlite.errors import CheckpointError, ShapeError
+from ltxlite.memory.meter import ActivationMeter
 from ltxlite.models import upscaler
 from ltxlite.models.settings import Settings
 from ltxlite.models.upscaler import LatentUpscaler, UpscalerConfig, upscale_normalised
@@ -154,6 +155,27 @@ def test_every_kind_equals_the_network_written_out_in_double(
     wanted = written_out(network, latent, kind)
     torch.testing.assert_close(result.double(), wanted, atol=2e-5, rtol=0)
     assert wanted.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["x2", "temporal x2"])
+@pytest.mark.parametrize("frames", [4, 5, 9])  # one part of a convolution, two, three
+def test_clips_longer_than_a_part_equal_the_network_written_out(kind: str, frames: int) -> None:
+    network, latent = random_upscaler(kind), noise(1, 3, frames, 2, 3)
+    wanted = written_out(network, latent, kind)
+    torch.testing.assert_close(network(latent).double(), wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("latents", "most"), [(16, 0.2e9), (31, 0.33e9)])
+def test_upscaling_to_1920x1088_holds_two_tensors_and_a_part(latents: int, most: float) -> None:
+    with torch.device("meta"):
+        network = LatentUpscaler(UpscalerConfig(width=1024)).bfloat16()
+        latent = torch.empty(1, 128, latents, 17, 30, dtype=torch.bfloat16)
+    with ActivationMeter() as meter:
+        large = network(latent)
+    clip = 1024 * latents * 34 * 60 * 2
+    part = 1024 * (6 + 4 + 1 + 4) * 34 * 60 * 2  # what a part sees and makes, frames around it
+    assert large.shape == (1, 128, latents, 34, 60)
+    assert meter.peak_bytes < 2 * clip + part < most
 
 
 def test_norms_have_the_released_epsilon() -> None:

@@ -15,18 +15,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ltxlite.errors import CheckpointError, ShapeError
+from ltxlite.models import causal_conv
+from ltxlite.models.causal_conv import CausalConv3d, Piece, activate, gather
 from ltxlite.models.settings import Settings
 from ltxlite.models.video_vae import (
     DECODER_IGNORED,
     ENCODER_IGNORED,
     IGNORED,
     RENAMES,
-    CausalConv3d,
     DepthToSpaceUpsample,
     SpaceToDepthDownsample,
     VideoDecoder,
     VideoEncoder,
-    activate,
     depth_to_space,
     normalise,
     patchify,
@@ -83,6 +83,24 @@ def test_in_a_box_the_column_is_the_fastest_index(stride: tuple[int, int, int]) 
 # Blocks
 
 
+def test_reflecting_takes_two_rows_and_columns() -> None:
+    conv = CausalConv3d(2, 3, causal=True, padding="reflect").double()
+    with pytest.raises(ShapeError, match=r"got 1 rows and 5 columns .* at least 2 of each"):
+        conv(noise(1, 2, 2, 1, 5))
+
+
+def test_pieces_that_share_much_memory_are_copied_before_they_are_kept() -> None:
+    clip = Piece.activated(noise(1, 5, 2, 3, 4))
+    assert clip.part(0, 3).compact().frames.untyped_storage().nbytes() == clip.frames.nbytes * 3 / 5
+    pair = Piece(clip.frames[:, :2].clone())
+    assert pair.part(1, 2).compact().frames.data_ptr() == pair.frames[:, 1:].data_ptr()
+    kept = list(gather([clip, pair], 4, 6))
+    assert [len(piece) for piece in kept] == [1, 1]
+    seen = torch.empty(1, 1, 2, 3, 4, dtype=torch.float64)
+    kept[0].compact().write(seen)
+    assert torch.equal(seen, activate(clip.frames[:, 4:]))
+
+
 def test_pixel_norm_has_an_epsilon_of_1e_8() -> None:
     x = torch.full((1, 1, 5, 1, 1), 1e-4, dtype=torch.float64)
     scaled = 1 / math.sqrt(2)  # x² is as large as the epsilon here; with 1e-6 it would be 0.1
@@ -92,8 +110,13 @@ def test_pixel_norm_has_an_epsilon_of_1e_8() -> None:
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("frames", [1, 2, 4, 11])  # 11: three parts of `TRIPLES` frames
-def test_convolution_equals_conv3d(padding: Padding, causal: bool, frames: int) -> None:
+@pytest.mark.parametrize(("frames", "parts"), [(1, 1), (4, 1), (2, 2), (11, 3)])
+def test_convolution_equals_conv3d(
+    padding: Padding, causal: bool, frames: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = -(-frames // parts)
+    frame_bytes = 2 * 7 * 3 * 4 * 8  # of the output, which has more channels
+    monkeypatch.setattr(causal_conv, "WINDOW_BYTES", 4 * frame_bytes * at_once)
     conv = CausalConv3d(5, 7, causal, padding).double()
     x = noise(2, frames, 5, 3, 4)
     repeats = (2, 0) if causal else (1, 1)

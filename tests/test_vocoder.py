@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ltxlite.checkpoint.assemble import Naming
 from ltxlite.errors import CheckpointError, ShapeError
-from ltxlite.models import vocoder
+from ltxlite.memory.meter import ActivationMeter
+from ltxlite.models import generator, vocoder
 from ltxlite.models.generator import AntiAliasedSnake, Generator, GeneratorConfig
 from ltxlite.models.settings import Settings
 from ltxlite.models.vocoder import ExtendedVocoder, ExtensionConfig, VocoderConfig, build_vocoder
@@ -319,3 +320,39 @@ def test_missing_final_keys_mean_tanh_and_a_bias() -> None:
     section = copy.deepcopy(full_size()["config"]["vocoder"])
     section["vocoder"]["apply_final_activation"] = False  # the released code bounds it anyway
     assert VocoderConfig.from_settings(Settings(section, "vocoder")).core.bound == "clamp"
+
+
+@pytest.mark.parametrize("snake", [False, True])
+def test_long_sound_plays_in_parts_as_at_once(snake: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SMALL, snake=snake, bound="none")
+    network = Generator(config, 1)
+    random_weights(network, 0.3)
+    spectrogram = noise(2, 2, 201, 64)
+    wanted = network(spectrogram)
+    monkeypatch.setattr(generator, "MOST_FRAMES", 40)
+    # fp32 sums in another order; a part that begins too late is 1e-3 off where it begins.
+    torch.testing.assert_close(network(spectrogram), wanted, rtol=0, atol=1e-5 * wanted.abs().max())
+    network.reach = 2
+    assert (network(spectrogram) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+
+
+def test_the_released_generators_reach_half_a_second() -> None:
+    assert vocoder.CORE_2_3.reach == 46
+    assert vocoder.RESIDUAL_2_3.reach == 29
+    assert GeneratorConfig().reach == 22
+
+
+@pytest.mark.parametrize("family", ["2.0", "2.3"])
+def test_only_the_waveforms_grow_with_long_sound(family: str) -> None:
+    with torch.device("meta"):
+        network = build_vocoder(VocoderConfig.released(family))
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    peaks = []
+    for seconds in (19.2, 38.4):  # parts of the core and of the extension are full ones
+        with ActivationMeter() as meter:
+            waveform = network(torch.empty(1, 2, round(100 * seconds), 64, device="meta"))
+        assert waveform.shape[2] == round(seconds * network.sample_rate)
+        peaks.append((meter.peak_bytes, waveform.nbytes))
+    (short, _), (long, played) = peaks
+    assert 0 <= long - short <= 1.1 * played  # which doubled; there are two rates and a sum
+    assert weights + long < 0.7e9

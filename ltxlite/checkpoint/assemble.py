@@ -71,6 +71,33 @@ class LoadReport:
     quantized: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What tensors become as they are loaded.
+
+    dtype: of all floating point parameters but those that `naming` keeps in fp32; quantized
+    matrices stay quantized.  quantize: makes quantized weights of plain ones, or returns None.
+    as_stored: weights of Linears of another dtype keep it and are cast when they are used.
+    """
+
+    naming: Naming
+    dtype: torch.dtype
+    quantize: Quantize | None = None
+    as_stored: bool = False
+
+    def weight(
+        self, name: str, loaded: Tensor | QuantTensor, stored: BlockFormat
+    ) -> QuantTensor | None:
+        """Return the weight of a Linear as one that is decoded when used, if it is to be one."""
+        if isinstance(loaded, QuantTensor):
+            return loaded
+        if self.quantize is not None and (packed := self.quantize(name, loaded)) is not None:
+            return packed
+        if not self.as_stored or loaded.dtype == self.dtype or loaded.dim() != 2:
+            return None
+        return QuantTensor(loaded.contiguous().view(torch.uint8), stored, tuple(loaded.shape))
+
+
 def check_names(
     expected: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
@@ -94,20 +121,14 @@ def check_names(
 
 
 def assemble(
-    model: nn.Module,
-    stored: Mapping[str, Stored],
-    naming: Naming,
-    dtype: torch.dtype,
-    where: str,
-    at_load: Quantize | None = None,
+    model: nn.Module, stored: Mapping[str, Stored], rules: Rules, where: str
 ) -> LoadReport:
     """Load a model built on `meta` from the tensors of its component.
 
-    stored: checkpoint names without prefix.  dtype: of all floating point parameters except
-    those named by `naming.float32`; quantized matrices stay quantized.  at_load: quantizes
-    weights of Linears as they are read, or returns None for those that stay.  Names and shapes are
-    compared before anything is read.  Raises CheckpointError with the first names of each kind.
+    stored: checkpoint names without prefix.  Names and shapes are compared before anything is
+    read.  Raises CheckpointError with the first names of each kind.
     """
+    naming, dtype = rules.naming, rules.dtype
     ignored = tuple(sorted(name for name in stored if naming.is_ignored(name)))
     used = {naming.rename(name): item for name, item in stored.items() if name not in set(ignored)}
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -119,11 +140,11 @@ def assemble(
     newly = 0
     for name, item in used.items():
         loaded = _without_padding(item.load(), expected[name])
-        if isinstance(loaded, QuantTensor) and name in linears | tables:
+        if name in linears and (weight := rules.weight(name, loaded, item.format)):
+            quantized[name] = weight
+            newly += weight.format != item.format
+        elif isinstance(loaded, QuantTensor) and name in tables:
             quantized[name] = loaded
-        elif at_load and name in linears and (packed := at_load(name, loaded)) is not None:
-            quantized[name] = packed
-            newly += 1
         else:
             kept = torch.float32 if naming.keeps_float32(name) else dtype
             plain[name] = _values(loaded, kept).reshape(expected[name])

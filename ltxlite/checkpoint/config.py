@@ -1,14 +1,17 @@
 """Finds a checkpoint's JSON configuration, wherever its packager put it."""
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from ltxlite.errors import CheckpointError
 
+_MOST_DIGITS = 9
 SECTIONS = ("transformer", "vae", "audio_vae", "vocoder", "scheduler")
+# The index of a diffusers transformer has 0.5 MB, the official configuration 20 kB. Parsed, hostile
+# JSON takes thirty times as much memory.
+LONGEST = 2 << 20
 
 
 def embedded_config(metadata: Mapping[str, Any], where: str) -> dict[str, Any] | None:
@@ -22,18 +25,25 @@ def embedded_config(metadata: Mapping[str, Any], where: str) -> dict[str, Any] |
         text = _decode_base64(encoded, where)
     if text is None:
         return None
-    parsed = parse_json(str(text), f"{where}: metadata key 'config'")
+    parsed = parse_json(text, f"{where}: metadata key 'config'")
     if "num_attention_heads" in parsed and "transformer" not in parsed:
         return {"transformer": parsed}
     return parsed
 
 
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Parse a JSON object; broken or other JSON is a CheckpointError."""
+def parse_json(text: object, where: str) -> dict[str, Any]:
+    """Parse the text of a JSON object; broken, long or other JSON is a CheckpointError."""
+    if not isinstance(text, str):
+        raise CheckpointError(f"{where} is a {type(text).__name__}, wanted the text of an object")
+    if len(text) > LONGEST:
+        raise CheckpointError(f"{where} has {len(text)} characters, wanted at most {LONGEST}")
+    parsed, problem = None, ""
     try:
         parsed = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON ({error}); the file is damaged") from None
+    except (ValueError, RecursionError) as error:  # ValueError alone: numbers of 5000 digits
+        problem = str(error)
+    if problem:
+        raise CheckpointError(f"{where} is not valid JSON ({problem}); the file is damaged")
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{where} holds {type(parsed).__name__}, wanted a JSON object")
     return parsed
@@ -42,15 +52,21 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 def model_version(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the leading numbers of `model_version` ("2.3.0-rc1" is (2, 3, 0)); () if absent."""
     numbers: list[int] = []
-    for part in str(metadata.get("model_version", "")).replace("-", ".").split("."):
-        if not part.isdigit():
+    for part in version_text(metadata).replace("-", ".").split("."):
+        if not part.isdecimal() or len(part) > _MOST_DIGITS:
             break
         numbers.append(int(part))
     return tuple(numbers)
 
 
+def version_text(metadata: Mapping[str, Any]) -> str:
+    """Return `model_version` as the file spells it, "" if it is no text."""
+    found = metadata.get("model_version", "")
+    return found if isinstance(found, str) else ""
+
+
 def _decode_base64(encoded: str, where: str) -> str:
     try:
         return base64.b64decode(encoded, validate=True).decode("utf-8")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # of base64, of text outside ASCII, of UTF-8
         raise CheckpointError(f"{where}: metadata key 'config_base64' is damaged") from None

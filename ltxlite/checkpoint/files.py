@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltxlite.checkpoint.config import embedded_config, parse_json
+from ltxlite.checkpoint.config import LONGEST, embedded_config, parse_json
+from ltxlite.checkpoint.diffusers import is_diffusers, official_config, official_name
 from ltxlite.checkpoint.flavours import fold
 from ltxlite.checkpoint.recognise import BY_NAME, components_in, foreign
 from ltxlite.checkpoint.stored import StoredTensor
@@ -13,8 +14,8 @@ from ltxlite.errors import CheckpointError
 from ltxlite_quant.containers import Container, open_container
 
 SUFFIXES = (".safetensors", ".gguf")
-INDEX = "model.safetensors.index.json"
-_INDEX_LIMIT = 64 << 20  # the index of Gemma's five shards is 0.1 MB
+# Of transformers, and of diffusers.
+INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 _SEARCH_DEPTH = 2  # a folder, its components' folders, Gemma's folder
 
 
@@ -26,6 +27,7 @@ class OpenModel:
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, Any]
     components: tuple[str, ...]
+    was_diffusers: bool = False
 
     def named(self, component: str) -> dict[str, StoredTensor]:
         """Return a component's tensors by the names its network knows."""
@@ -37,14 +39,20 @@ class OpenModel:
         }
 
     def config(self) -> dict[str, Any] | None:
-        """Return the JSON configuration: embedded, a sidecar, or a folder's config.json."""
+        """Return the JSON configuration of all parts: embedded, or a sidecar."""
         embedded = embedded_config(self.metadata, str(self.path))
         if embedded is not None:
             return embedded
-        for candidate in (self.path.with_suffix(self.path.suffix + ".config.json"),):
-            if candidate.is_file():
-                return parse_json(_read_text(candidate), str(candidate))
-        return None
+        sidecar = self.path.with_suffix(self.path.suffix + ".config.json")
+        return read_json(sidecar) if sidecar.is_file() else None
+
+    def own_config(self) -> dict[str, Any] | None:
+        """Return the configuration, or else what diffusers keeps beside this part alone."""
+        found = self.config()
+        if found is not None or not self.was_diffusers:
+            return found
+        file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        return official_config(read_json(file), str(file)) if file.is_file() else None
 
 
 def open_models(path: Path) -> list[OpenModel]:
@@ -59,15 +67,16 @@ def open_models(path: Path) -> list[OpenModel]:
     models = list(_search(path, _SEARCH_DEPTH))
     if not models:
         raise CheckpointError(
-            f"{path}: the folder holds no part of LTX-2 ({', '.join(SUFFIXES)} or {INDEX})"
+            f"{path}: the folder holds no part of LTX-2 ({', '.join(SUFFIXES)} or {INDEXES[0]})"
         )
     return models
 
 
 def _search(folder: Path, depth: int) -> Iterable[OpenModel]:
-    if (folder / INDEX).is_file():
-        yield _open_shards(folder)
-        return
+    for index in INDEXES:
+        if (folder / index).is_file():
+            yield _open_shards(folder / index)
+            return
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in SUFFIXES:
             model = _opened(path, [open_container(path)])
@@ -77,9 +86,8 @@ def _search(folder: Path, depth: int) -> Iterable[OpenModel]:
             yield from _search(path, depth - 1)
 
 
-def _open_shards(folder: Path) -> OpenModel:
-    index = folder / INDEX
-    table = parse_json(_read_text(index), str(index)).get("weight_map")
+def _open_shards(index: Path) -> OpenModel:
+    folder, table = index.parent, read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(
             f"{index}: no weight_map of tensor names to shards; download it again"
@@ -115,14 +123,19 @@ def _opened(path: Path, containers: Sequence[Container]) -> OpenModel:
             tensors[name] = StoredTensor(container, entry)
         metadata.update(container.metadata)
     tensors = fold(tensors, metadata, str(path))
-    return OpenModel(path, tensors, metadata, tuple(components_in(tensors)))
+    renamed = is_diffusers(tensors)
+    if renamed:
+        tensors = {official_name(name): stored for name, stored in tensors.items()}
+    return OpenModel(path, tensors, metadata, tuple(components_in(tensors)), renamed)
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > _INDEX_LIMIT:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
+    with path.open("rb") as file:
+        data = file.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise CheckpointError(f"{path}: more than {LONGEST} bytes, too many for a JSON file")
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise CheckpointError(f"{path}: not a text file; download it again") from None
 
@@ -166,8 +179,10 @@ class ModelFiles:
         described by another file of the set.
         """
         own = self.find(component)
-        for model in (own, *self.models):
-            if model is not None and (config := model.config()) is not None:
+        if own is not None and (config := own.own_config()) is not None:
+            return config, str(own.path)
+        for model in self.models:
+            if (config := model.config()) is not None:
                 return config, str(model.path)
         return None, "no file has a configuration"
 

@@ -13,7 +13,7 @@ from ltxlite.checkpoint.config import parse_json
 from ltxlite.checkpoint.packed import BlockState, PackedTensor
 from ltxlite.checkpoint.stored import StoredTensor
 from ltxlite.errors import CheckpointError
-from ltxlite_quant.formats import FORMATS
+from ltxlite_quant.formats import FORMATS, shown
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _JSON_LIMIT = 1 << 16  # declarations take about 100 bytes
@@ -132,7 +132,7 @@ class _File:
         else:
             found = self.declared.get(layer, {})
         if not isinstance(found, dict):
-            raise CheckpointError(f"{self.where}: the declaration of {layer} is {found!r:.80}")
+            raise CheckpointError(f"{self.where}: the declaration of {layer} is {shown(found)}")
         inner = found.get("params")
         return found | inner if isinstance(inner, dict) else found
 
@@ -221,7 +221,8 @@ def _checked(
     elif not flavour.needs and file.declaration(layer):
         declared = file.declaration(layer).get("format")
         raise CheckpointError(
-            f"{file.where}: scale tensor missing for {layer}.weight, which is declared {declared}; "
+            f"{file.where}: scale tensor missing for {layer}.weight, which is declared "
+            f"{declared!s:.40}; "
             "download the file again"
         )
     packed = PackedTensor(
@@ -240,9 +241,9 @@ def _int8_format(layer: str, file: _File) -> str:
     if not declared.get("convrot"):
         return "INT8"
     size = declared.get("convrot_groupsize", 256)
-    if size not in _CONVROT:
+    if type(size) is not int or size not in _CONVROT:
         raise CheckpointError(
-            f"{file.where}: {layer} is rotated in groups of {size!r:.20}; ltxlite reads groups of "
+            f"{file.where}: {layer} is rotated in groups of {shown(size)}; ltxlite reads groups of "
             f"{', '.join(map(str, _CONVROT))}"
         )
     return _CONVROT[size]
@@ -271,7 +272,7 @@ def _unreadable(name: str, layer: str, stored: StoredTensor, file: _File) -> Che
     lacks = [[need for need in kind.needs if not _has(need, layer, file)] for kind in kinds]
     best = min(range(len(kinds)), key=lambda index: len(lacks[index]))
     if len(lacks[best]) == len(kinds[best].needs) and stored.format.name == "U8":
-        declared = file.declaration(layer).get("format", "nothing")
+        declared = str(file.declaration(layer).get("format", "nothing"))[:40]
         return CheckpointError(
             f"{file.where}: {name} is U8 {list(stored.shape)}, a packed quantization without the "
             f"tensors that NVFP4 or bitsandbytes keep beside it (declared: {declared}); {_ADVICE}"
@@ -293,9 +294,9 @@ def _declared_layers(metadata: Mapping[str, Any], where: str) -> Mapping[str, An
     text = metadata.get("_quantization_metadata")
     if text is None:
         return {}
-    layers = parse_json(str(text), f"{where}: _quantization_metadata").get("layers", {})
+    layers = parse_json(text, f"{where}: _quantization_metadata").get("layers", {})
     if not isinstance(layers, dict):
-        raise CheckpointError(f"{where}: _quantization_metadata has layers {layers!r:.80}")
+        raise CheckpointError(f"{where}: _quantization_metadata has layers {shown(layers)}")
     return layers
 
 

@@ -17,6 +17,7 @@ from ltxlite_quant.tensor import QuantTensor
 # Bytes of an unscaled fp8 weight that are searched for codes only a scaled one has. The largest of
 # a million gaussian values is within 20 % of the largest of the whole weight.
 _SEARCHED = 1 << 20
+_LARGEST_OFFSET = 1e30  # a mean of scales; those of Gemma are below 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,10 @@ class BlockState:
         state = parse_json(text, where)
         shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
         block, nested = state.get("blocksize"), state.get("nested_blocksize", 0)
-        if not isinstance(shape, list) or len(shape) != 2 or not isinstance(offset, int | float):
+        if not isinstance(shape, list) or len(shape) != 2:
             raise CheckpointError(f"{where}: wanted a shape of a matrix, got {text!r:.120}")
+        if type(offset) not in (int, float) or not abs(offset) <= _LARGEST_OFFSET:
+            raise CheckpointError(f"{where}: wanted a nested_offset, a number, got {text!r:.120}")
         if not all(type(size) is int and 0 <= size < 1 << 31 for size in (*shape, block, nested)):
             raise CheckpointError(f"{where}: wanted shape and block sizes, got {text!r:.120}")
         if not block:

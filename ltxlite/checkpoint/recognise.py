@@ -101,7 +101,9 @@ COMPONENTS = (
     ),
     Component(
         "lora",
-        r"(?:.+\.(?:lora_[AB](?:\.default)?|lora_down|lora_up)\.weight|lora_unet_.+)",
+        r"(?:.+\.(?:lora_[AB](?:\.\w+)?|lora_down|lora_up|lora\.(?:down|up))\.weight"
+        r"|(?:lora_unet|lora_transformer|lycoris)_.+"
+        r"|.+\.(?:lokr_.+|hada_.+|oft_.+|diff|diff_b))",  # refused by name when read
         (r"(.+)",),
     ),
 )
@@ -112,7 +114,7 @@ FOREIGN = (
     (r"decoder\.conv_in_x_t\.weight", "the LTX-2.5 diffusion video decoder"),
     (r"duration_head\.", "the LTX-2.5 duration head"),
     (r"encoder\.0\.weight|decoder\.1\.weight", "a tiny preview autoencoder (TAE)"),
-    (r"(?:model\.)?time_embed\.emb\.", "a transformer with diffusers names"),
+    (r"time_embed\.emb\.", "LTX-Video without sound, as diffusers names it"),
     (r"v\.blk\.0\.|mm\.", "a Gemma vision projector (mmproj), not needed for prompts"),
     (rf"{_DIT}?adaln_single\.emb\.timestep_embedder\.linear_1\.weight", "LTX-Video without sound"),
 )

@@ -3,8 +3,10 @@
 import re
 from typing import Literal
 
+from ltxlite.checkpoint.config import version_text
 from ltxlite.checkpoint.files import OpenModel
 
+KEY = "ltxlite.variant"  # "dev", "distilled" or "unknown", in the GGUF files that we write
 Variant = Literal["dev", "distilled"]
 _WORDS: tuple[tuple[Variant, re.Pattern[str]], ...] = (
     ("distilled", re.compile(r"(?<![a-z])distill(?:ed)?(?![a-z])", re.IGNORECASE)),
@@ -15,7 +17,8 @@ _WORDS: tuple[tuple[Variant, re.Pattern[str]], ...] = (
 def variant_of(model: OpenModel) -> tuple[Variant, str] | None:
     """Return a checkpoint's variant and what it was read from, or None where nothing says it.
 
-    The header's model_version goes before the file's name; a name with both words says nothing.
+    The key that our converter writes goes before the header's model_version, and that before the
+    file's name; a text with both words says nothing.
     """
     found = _said(model)
     return found[0] if found else None
@@ -31,8 +34,10 @@ def disagreement(model: OpenModel) -> str | None:
 
 
 def _said(model: OpenModel) -> list[tuple[Variant, str]]:
+    written = model.metadata.get(KEY, "")
     sources = (
-        (str(model.metadata.get("model_version", "")), "model_version in its header"),
+        (written if isinstance(written, str) else "", f"{KEY} in its header"),
+        (version_text(model.metadata), "model_version in its header"),
         (model.path.name, "its file name"),
     )
     found: list[tuple[Variant, str]] = []

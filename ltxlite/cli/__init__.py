@@ -14,6 +14,8 @@ VERBS = {
     "demo": "make a clip with a tiny random model: shows that the installation works",
     "inspect": "tell what model files are and what is missing to run them",
     "convert": "write a GGUF of a model, or of a part of it, quantized",
+    "calibrate": "measure what each matrix reads, for convert --importance",
+    "plan": "tell what would live where, and whether a job fits, before anything loads",
     "doctor": "print one pasteable report on this machine and on model files",
 }
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -53,14 +55,20 @@ def _run(module: ModuleType, verb: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(module.run(options))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt as error:
+        _tell("interrupted", error)
         return INTERRUPTED
     except _reported() as error:
         if options.debug:
             traceback.print_exc()
-        print(f"ltxlite: {_one_message(error)}", file=sys.stderr)  # noqa: T201
+        _tell(f"ltxlite: {_one_message(error)}", error)
         return 1
+
+
+def _tell(line: str, error: BaseException) -> None:
+    """Print a line and what was noted on the error on its way: how to go on, for example."""
+    for text in (line, *getattr(error, "__notes__", ())):
+        print(text, file=sys.stderr)  # noqa: T201
 
 
 def _reported() -> tuple[type[BaseException], ...]:

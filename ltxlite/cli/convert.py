@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltxlite.convert.run import Conversion, Converted
+    from ltxlite.strength import Strength
 
 TYPES = (
     "Q2_K, Q3_K_S, Q3_K_M, Q3_K_L, IQ4_XS, IQ4_NL, MXFP4, Q4_0, Q4_1, Q4_K_S, Q4_K_M, Q5_0, Q5_1, "
@@ -43,11 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how many rows are read back and compared (default sample: 1 in 100)",
     )
     parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="importance of each input, from `ltxlite calibrate` (default: all count alike)",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to bake in, such as x.safetensors:0.8 or x.safetensors:video=1,audio=0 "
+        "(strength 1 by default; repeatable)",
+    )
+    parser.add_argument(
         "--effort",
         choices=("default", "high"),
         default="default",
         help="of the search for scales; high takes 3 to 5 times as long (default default)",
     )
+    _add_running(parser)
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.gguf if it exists")
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes")
@@ -90,7 +108,19 @@ def _conversion(options: argparse.Namespace) -> "Conversion":
         options.device,
         options.effort,
         options.overwrite,
+        Path(options.importance) if options.importance else None,
+        tuple(_lora(text) for text in options.lora),
     )
+
+
+def _lora(text: str) -> "tuple[Path, Strength]":
+    from ltxlite.errors import RequestError
+    from ltxlite.strength import parse_lora
+
+    path, strengths = parse_lora(text)
+    if len(strengths) != 1:
+        raise RequestError(f"--lora {text}: a file has no stages; give one strength to bake in")
+    return Path(path), strengths[0]
 
 
 def _show(asked: "Conversion", result: "Converted", as_json: bool) -> None:
@@ -112,8 +142,11 @@ def _error_lines(result: "Converted") -> list[str]:
     if not rows:
         return []
     width = max(len(row.group) for row in rows)
-    return ["relative error:"] + [
+    is_weighted = any(row.weighted_error is not None for row in rows)
+    title = "relative error, and weighted by importance:" if is_weighted else "relative error:"
+    return [title] + [
         f"  {row.group:{width}}  {row.format:6} {row.tensors:4} tensors  {row.relative_error:.4f}"
+        + ("" if row.weighted_error is None else f"  {row.weighted_error:.4f}")
         for row in rows
     ]
 

@@ -10,7 +10,8 @@ from ltxlite.checkpoint.files import ModelFiles, OpenModel
 from ltxlite.checkpoint.recognise import unclaimed
 from ltxlite.checkpoint.variant import variant_of
 from ltxlite.errors import LtxliteError
-from ltxlite.networks import Networks, upscaler_config
+from ltxlite.network_configs import upscaler_config
+from ltxlite.networks import Networks
 
 
 def describe(model: OpenModel) -> dict[str, Any]:

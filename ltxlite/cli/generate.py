@@ -1,11 +1,17 @@
 """`generate`: flags to one request, then one call."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ltxlite.pipeline import Result
+    import torch
+
+    from ltxlite.memory.budget import Budget
+    from ltxlite.networks import Networks
+    from ltxlite.pipeline import Means, Result
+    from ltxlite.progress import Report
     from ltxlite.request import Request
 
 SAMPLERS = (
@@ -126,6 +132,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wav", help="also write the sound to this WAV file")
     group.add_argument("--job", help="run a saved job: a .json file, or a clip made by ltxlite")
     group.add_argument("--save-job", help="write the job as JSON here before running it")
+    group.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start anew where an earlier run of the same job was stopped (default: continue it)",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     group.add_argument(
         "--dtype",
@@ -138,8 +149,53 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="quantize large matrices while loading: Q8_0, Q4_0, ..., fp8, int8, nf4 (default: no)",
     )
+    group.add_argument(
+        "--no-cache", action="store_true", help="encode prompts anew, keep no contexts on disk"
+    )
+    add_budget(group)
     group.add_argument("--quiet", action="store_true", help="no progress, no notes")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_budget(group: "argparse._ArgumentGroup") -> None:
+    """Declare the flags that say how much memory a run may take."""
+    group.add_argument("--vram", metavar="SIZE", help="of the GPU, as 8GiB (default: what is free)")
+    group.add_argument("--ram", metavar="SIZE", help="of RAM, e.g. 16GiB (default: what is free)")
+    group.add_argument(
+        "--reserve-vram",
+        metavar="SIZE",
+        help="of --vram, what is left to CUDA's context and to other programs (default 1GiB)",
+    )
+
+
+def budget_of(options: argparse.Namespace, device: "torch.device") -> "Budget | None":
+    """Return the budget that flags and free memory give; None on a CPU without flags."""
+    from ltxlite.memory.budget import DEFAULT_RESERVE, free_budget, parse_bytes
+
+    given = (options.vram, options.ram, options.reserve_vram)
+    if device.type != "cuda" and not any(given):
+        return None
+    names = ("vram", "ram", "reserve")
+    flags = ("--vram", "--ram", "--reserve-vram")
+    said = {
+        name: parse_bytes(text, flag)
+        for name, flag, text in zip(names, flags, given, strict=True)
+        if text is not None
+    }
+    if options.vram is not None and options.reserve_vram is None:
+        said["reserve"] = DEFAULT_RESERVE if device.type == "cuda" else 0
+    return replace(free_budget(device), **said)
+
+
+def means_of(options: argparse.Namespace, networks: "Networks", report: "Report") -> "Means":
+    """Return what the flags let a run use."""
+    from ltxlite.cache import cache_folder
+    from ltxlite.context_cache import ContextCache
+    from ltxlite.pipeline import Means
+
+    cache = ContextCache(cache_folder() / "contexts", report.note)
+    budget = budget_of(options, networks.device)
+    return Means(budget, None if options.no_cache else cache, options.fresh)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -152,7 +208,7 @@ def run(options: argparse.Namespace) -> int:
         request, networks = (load_job if options.job else new_job)(options, terminal.note)
         if options.save_job:
             Path(options.save_job).write_text(request.to_json(), encoding="utf-8")
-        result = generate(request, networks, terminal)
+        result = generate(request, networks, terminal, means_of(options, networks, terminal))
     show_result(request, result, options.json)
     return 0
 

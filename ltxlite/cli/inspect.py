@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     from ltxlite.checkpoint.files import ModelFiles, open_models
     from ltxlite.cli.describe import describe, lines_of
     from ltxlite.cli.show import print_result
-    from ltxlite.networks import missing_parts
+    from ltxlite.network_configs import missing_parts
 
     models = [model for path in options.files for model in open_models(Path(path))]
     described: list[dict[str, Any]] = [describe(model) for model in models]

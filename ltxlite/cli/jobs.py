@@ -14,7 +14,8 @@ from ltxlite.checkpoint.variant import disagreement, variant_of
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import size_multiple
 from ltxlite.media.container import read_metadata
-from ltxlite.networks import Networks, missing_parts
+from ltxlite.network_configs import missing_parts
+from ltxlite.networks import Networks
 from ltxlite.opening import open_networks
 from ltxlite.pipeline import JOB_TAG
 from ltxlite.presets import (
@@ -27,6 +28,7 @@ from ltxlite.presets import (
 from ltxlite.request import Files, Output, Request, Stage, parse_fraction
 from ltxlite.sampling.settings import Guidance
 from ltxlite.stages import refuse_missing
+from ltxlite.strength import Strength, parse_lora
 
 Note = Callable[[str], None]
 DEFAULT_FRAMES = 121
@@ -86,11 +88,11 @@ def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks
     return request, open_networks(request.files, request.device, request.dtype, request.quantize)
 
 
-def files_of(options: argparse.Namespace) -> tuple[Files, list[tuple[float, ...]]]:
+def files_of(options: argparse.Namespace) -> tuple[Files, list[tuple[Strength, ...]]]:
     """Return the files that the flags name, and each LoRA's strengths by stage."""
     if options.model is None:
         raise RequestError("no --model: name a checkpoint or a folder; try `ltxlite demo` first")
-    loras = [split_lora(text) for text in options.lora]
+    loras = [parse_lora(text) for text in options.lora]
     distilled = [options.distilled_lora] if options.distilled_lora else []
     files = Files(
         model=options.model,
@@ -103,14 +105,6 @@ def files_of(options: argparse.Namespace) -> tuple[Files, list[tuple[float, ...]
         loras=(*distilled, *(path for path, _ in loras)),
     )
     return files, [strengths for _, strengths in loras]
-
-
-def split_lora(text: str) -> tuple[str, tuple[float, ...]]:
-    """Split PATH:S1,S2 at a last colon that numbers follow (C:\\x.safetensors has none)."""
-    match = re.fullmatch(r"(.+):((?:-?\d*\.?\d+)(?:,-?\d*\.?\d+)*)", text)
-    if match is None:
-        return text, (1.0,)
-    return match[1], tuple(float(number) for number in match[2].split(","))
 
 
 def _model(networks: Networks, variant: str | None, note: Note) -> Model:
@@ -209,7 +203,7 @@ def _value(name: str, text: str) -> float | int | tuple[float, ...]:
 
 
 def _with_loras(
-    stages: tuple[Stage, ...], strengths: list[tuple[float, ...]], distilled: bool
+    stages: tuple[Stage, ...], strengths: list[tuple[Strength, ...]], distilled: bool
 ) -> tuple[Stage, ...]:
     """Give every stage one strength a file: the distilled LoRA's by preset, then the user's."""
     full = []

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ltxlite_quant.formats import BlockFormat, FormatError, byte_count
+from ltxlite_quant.formats import BlockFormat, FormatError, byte_count, shown
 from ltxlite_quant.gguf import DEFAULT_ALIGNMENT, MAGIC, MAX_DIMENSIONS
 from ltxlite_quant.policy import Decision
 
@@ -111,14 +111,14 @@ def lay_out(decisions: Iterable[Decision], keys: Mapping[str, Key]) -> Layout:
     infos, sizes, offset = [], [], 0
     listed = list(decisions)
     for item in listed:
-        if item.format.ggml_type is None or len(item.name.encode()) > _LONGEST_NAME:
-            raise FormatError(f"{item.name}: GGUF holds no such name or {item.format.name}")
+        if item.format.ggml_type is None or len(_string(item.name, item.name)) > 8 + _LONGEST_NAME:
+            raise FormatError(f"{shown(item.name)}: GGUF holds no such name or {item.format.name}")
         infos.append(_info(item, offset))
         nbytes = byte_count(stored_dimensions(item.shape), item.format, item.name)
         sizes.append((offset, nbytes))
         offset += _aligned(nbytes)
     counts = struct.pack("<IQQ", _VERSION, len(listed), len(keys))
-    values = [_string(name) + _value(key, name) for name, key in keys.items()]
+    values = [_string(name, name) + _value(key, name) for name, key in keys.items()]
     header = b"".join([MAGIC, counts, *values, *infos])
     header += bytes(_aligned(len(header)) - len(header))
     placed = tuple(
@@ -131,7 +131,9 @@ def lay_out(decisions: Iterable[Decision], keys: Mapping[str, Key]) -> Layout:
 def _info(item: Decision, offset: int) -> bytes:
     sizes = stored_dimensions(item.shape)[::-1]
     numbers = struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
-    return _string(item.name) + numbers + struct.pack("<IQ", item.format.ggml_type, offset)
+    return (
+        _string(item.name, item.name) + numbers + struct.pack("<IQ", item.format.ggml_type, offset)
+    )
 
 
 def _value(key: Key, name: str) -> bytes:
@@ -143,15 +145,18 @@ def _value(key: Key, name: str) -> bytes:
 
 def _element(kind: int, value: Any, name: str) -> bytes:
     if kind == _STRING:
-        return _string(value)
+        return _string(value, name)
     try:
         return struct.pack(_PACKED[kind], value)
     except (struct.error, OverflowError):
         raise FormatError(f"metadata {name!r} is {value!r:.40}, which fits no 32 bits") from None
 
 
-def _string(value: str) -> bytes:
-    encoded = value.encode("utf-8")
+def _string(value: str, name: str) -> bytes:
+    try:
+        encoded = value.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        raise FormatError(f"metadata {shown(name)} is no Unicode text; leave it out") from None
     return struct.pack("<Q", len(encoded)) + encoded
 
 

@@ -22,6 +22,7 @@ from ltxlite.convert import gemma
 from ltxlite.convert.layout import Key, boolean, integer, number, shape_keys, text, unsigned
 from ltxlite.convert.rows import Planned
 from ltxlite.convert.source import SourceFile, source_files
+from ltxlite.convert.weighting import Weighting
 from ltxlite.errors import CheckpointError
 from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder
 from ltxlite.models.connector import Connector
@@ -85,11 +86,14 @@ class Plan:
     family: str | None
 
 
-def plan_conversion(files: ModelFiles, part: str, recipe: Recipe) -> Plan:
+def plan_conversion(
+    files: ModelFiles, part: str, recipe: Recipe, weighting: Weighting | None = None
+) -> Plan:
     """Choose, name, check and type all tensors of a part; reads headers only.
 
-    Raises CheckpointError for a network that is missing, incomplete or of another kind, and for
-    formats that ltxlite cannot write.
+    weighting: importances for the matrices that are quantized.
+    Raises CheckpointError for a network that is missing, incomplete or of another kind, for
+    formats that ltxlite cannot write, and for importances of another model.
     """
     _need(files, PARTS[part].needed[:1])
     networks = Networks(files, torch.device("cpu"), torch.float32)
@@ -109,9 +113,15 @@ def plan_conversion(files: ModelFiles, part: str, recipe: Recipe) -> Plan:
         Planned(item, found[item.name][0], shifts.get(item.name, 0.0)) for item in decisions
     )
     _refuse_unwritable(tensors)
+    notes = _notes(files, part, family, tensors)
+    if weighting is not None:
+        tensors, told = weighting.applied(tensors)
+        notes += told
     sources = source_files([planned.source for planned in tensors])
-    keys = _keys(networks, part, recipe, sources) | shape_keys(decisions)
-    return Plan(tensors, keys, sources, tuple(_notes(files, part, family, tensors)), family)
+    keys = _keys(networks, part, recipe, sources)
+    if weighting is not None:
+        keys["ltxlite.importance"] = weighting.key()
+    return Plan(tensors, keys | shape_keys(decisions), sources, tuple(notes), family)
 
 
 def _components(files: ModelFiles, part: str, family: str | None) -> list[str]:

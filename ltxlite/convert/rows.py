@@ -5,13 +5,14 @@ Nothing here ever holds a whole matrix: the source is mapped, and a chunk is 8 M
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ltxlite.checkpoint.stored import StoredTensor
 from ltxlite.errors import CheckpointError
+from ltxlite.low_rank import LowRankDelta
 from ltxlite_quant import decode, scaled
 from ltxlite_quant.formats import BlockFormat, FormatError
 from ltxlite_quant.policy import Decision
@@ -31,13 +32,17 @@ class Encoder:
     device: torch.device
     effort: Effort = "default"
 
-    def __call__(self, values: Tensor, block_format: BlockFormat) -> Tensor:
+    def __call__(
+        self, values: Tensor, block_format: BlockFormat, importance: Tensor | None = None
+    ) -> Tensor:
         """Turn (n, K) fp32 into the bytes (n, row_bytes) of a format, quantized or plain.
 
-        The result is on the CPU.  Raises FormatError for values beyond the format.
+        importance: (K,) of the inputs, for formats with a search.  The result is on the CPU.
+        Raises FormatError for values beyond the format.
         """
         if block_format.dtype is None:
-            return quantize(values.to(self.device), block_format, self.effort).blocks.cpu()
+            quant = quantize(values.to(self.device), block_format, self.effort, importance)
+            return quant.blocks.cpu()
         plain = values.to(block_format.dtype)
         if not bool(plain.isfinite().all()):
             raise FormatError(f"{block_format.name} holds no {values.abs().amax().item():.3g}")
@@ -49,11 +54,15 @@ class Planned:
     """A tensor of the file to be: what it becomes, and what of.
 
     shift: added to every value; llama.cpp stores the norms of Gemma as w + 1.
+    importance: mean square (K,) of each input, where it is known and of use.
+    delta: of LoRA files, added to a weight (N, K) before it is encoded.
     """
 
     decision: Decision
     source: StoredTensor
     shift: float = 0.0
+    importance: Tensor | None = field(default=None, compare=False)
+    delta: LowRankDelta | None = None
 
     @property
     def name(self) -> str:
@@ -64,7 +73,8 @@ class Planned:
     def is_copied(self) -> bool:
         """Tell whether the source is taken as it is, without another loss."""
         same = self.source.format == self.decision.format
-        return same and not self.shift and self.source.shape == self.decision.shape
+        same = same and self.source.shape == self.decision.shape
+        return same and not self.shift and self.delta is None
 
 
 class Rows:
@@ -86,6 +96,8 @@ class Rows:
         values = self._read(first, last)
         if self._planned.shift:
             values = values + self._planned.shift
+        if self._planned.delta is not None:
+            values = self._planned.delta.added(values, slice(first, last))
         if not bool(values.isfinite().all()):
             source = self._planned.source
             raise CheckpointError(
@@ -101,7 +113,7 @@ class Rows:
             return self._stored(first, last)
         values = self.values(first, last)
         try:
-            return encode(values, decision.format)
+            return encode(values, decision.format, self._planned.importance)
         except FormatError as error:
             raise CheckpointError(f"{decision.name}: {error}; choose another format") from None
 

@@ -14,12 +14,15 @@ from typing import Literal, get_args
 from ltxlite.checkpoint.files import ModelFiles
 from ltxlite.convert.file import PartialFile
 from ltxlite.convert.layout import Layout, Placed, lay_out
+from ltxlite.convert.lora import BakedLora, bake
 from ltxlite.convert.plan import PARTS, Plan, plan_conversion
 from ltxlite.convert.rows import Encoder, Planned, Rows
 from ltxlite.convert.verify import SHARES, Check, GroupError, check_header, compare
+from ltxlite.convert.weighting import Weighting
 from ltxlite.errors import RequestError
 from ltxlite.opening import choose_device
 from ltxlite.progress import Clock, Report
+from ltxlite.strength import Strength
 from ltxlite_quant.policy import Recipe, decision_lines
 from ltxlite_quant.search_plan import Effort
 
@@ -33,7 +36,8 @@ class Conversion:
 
     sources: files and folders.  part: one of `plan.PARTS`.  verify: how much is read back.
     device: where blocks are computed.  effort: of the search for scales.
-    overwrite: replace a target that exists.
+    overwrite: replace a target that exists.  importance: a file of `ltxlite calibrate`, whose
+    numbers weigh the errors of each matrix.  loras: files that are baked into the weights.
     """
 
     sources: tuple[Path, ...]
@@ -44,6 +48,8 @@ class Conversion:
     device: str = "auto"
     effort: Effort = "default"
     overwrite: bool = False
+    importance: Path | None = None
+    loras: tuple[tuple[Path, Strength], ...] = ()
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -84,8 +90,7 @@ def convert(asked: Conversion, report: Report) -> Converted:
     """
     clock = Clock(report)
     files = ModelFiles.open(asked.sources)
-    check_target(asked, files)
-    plan = plan_conversion(files, asked.part, asked.recipe)
+    plan = _planned(asked, files)
     layout = lay_out([planned.decision for planned in plan.tensors], plan.keys)
     for line in plan.notes:
         report.note(line)
@@ -113,6 +118,16 @@ def convert(asked: Conversion, report: Report) -> Converted:
         resumed,
         clock.finish(),
     )
+
+
+def _planned(asked: Conversion, files: ModelFiles) -> Plan:
+    loras = [BakedLora.open(path, strength) for path, strength in asked.loras]
+    check_target(asked, ModelFiles([*files.models, *(baked.model for baked in loras)]))
+    weighting = None
+    if asked.importance is not None:
+        weighting = Weighting.read(asked.importance, asked.part)
+    plan = plan_conversion(files, asked.part, asked.recipe, weighting)
+    return bake(plan, loras, asked.part)
 
 
 def check_target(asked: Conversion, files: ModelFiles) -> None:
@@ -161,7 +176,8 @@ def _verified(
 
 def _identity(plan: Plan, layout: Layout, effort: Effort) -> str:
     """Return what must agree for a partial file to be continued."""
-    whole = hashlib.sha256(layout.header)  # names, shapes, formats, recipe, our version
+    # Names, shapes, formats, recipe, importance file's hash, LoRA strengths, our version.
+    whole = hashlib.sha256(layout.header)
     whole.update(effort.encode())
     for source in plan.sources:
         whole.update(f"{source.nbytes} {source.fingerprint}\n".encode())

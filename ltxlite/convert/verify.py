@@ -59,6 +59,7 @@ class GroupError:
     """How far tensors of one kind are from their source: ||w' - w|| / ||w|| over all of them.
 
     group: their common name, N for numbers.  weights: how many were compared.
+    weighted_error: the same with each input's importance as a weight of its squares, if there is.
     """
 
     group: str
@@ -66,6 +67,7 @@ class GroupError:
     tensors: int
     weights: int
     relative_error: float
+    weighted_error: float | None = None
 
 
 @dataclass(slots=True)
@@ -74,16 +76,29 @@ class _Sums:
     size: float = 0.0
     weights: int = 0
     tensors: int = 0
+    weighted: tuple[float, float] | None = None  # error and size, weighted
 
     def add(self, other: "_Sums") -> None:
         self.error += other.error
         self.size += other.size
+        if other.weighted is not None:
+            error, size = self.weighted or (0.0, 0.0)
+            self.weighted = error + other.weighted[0], size + other.weighted[1]
         self.weights += other.weights
         self.tensors += other.tensors
 
     @property
     def relative(self) -> float:
-        return math.sqrt(self.error / self.size) if self.size else float(self.error > 0)
+        return _relative(self.error, self.size)
+
+    @property
+    def weighted_relative(self) -> float | None:
+        return None if self.weighted is None else _relative(*self.weighted)
+
+    @property
+    def judged(self) -> float:
+        # What was made small: with importances, inputs that hardly count may be far off.
+        return self.relative if self.weighted is None else _relative(*self.weighted)
 
 
 def check_header(path: Path, plan: Plan, layout: Layout) -> None:
@@ -113,15 +128,15 @@ def compare(
         for done, planned in enumerate(plan.tensors, 1):
             sums = _tensor(file, planned, check)
             kind = planned.decision.format.name
-            if _TOLERANCE * _EXPECTED.get(kind, 1.0) < sums.relative:
+            if _TOLERANCE * _EXPECTED.get(kind, 1.0) < sums.judged:
                 notes.append(
-                    f"{planned.name}: {sums.relative:.3f} of relative error is much for {kind}; "
+                    f"{planned.name}: {sums.judged:.3f} of relative error is much for {kind}; "
                     "give it a rule of its own"
                 )
             groups.setdefault((_group(planned.name), kind), _Sums()).add(sums)
             clock.advance(done)
     return [
-        GroupError(group, kind, sums.tensors, sums.weights, sums.relative)
+        GroupError(group, kind, sums.tensors, sums.weights, sums.relative, sums.weighted_relative)
         for (group, kind), sums in groups.items()
     ], notes
 
@@ -135,13 +150,26 @@ def _tensor(file: GgufFile, planned: Planned, check: Check) -> _Sums:
         data = stored[first:last]
         got = decoded(data, kind, rows.columns).double()
         wanted = rows.values(first, last).double()
-        part = _Sums((got - wanted).square().sum().item(), wanted.square().sum().item())
-        part.weights = wanted.numel()
-        doubtful = not part.relative <= _TOLERANCE * _EXPECTED.get(kind.name, 0.0)
+        part = _summed(got - wanted, wanted, planned.importance)
+        doubtful = not part.judged <= _TOLERANCE * _EXPECTED.get(kind.name, 0.0)
         if doubtful and not torch.equal(data, rows.encoded(first, last, check.encode)):
             raise _damaged(file.path, planned.name)
         total.add(part)
     return total
+
+
+def _summed(miss: torch.Tensor, wanted: torch.Tensor, importance: torch.Tensor | None) -> _Sums:
+    """Sum up squares of errors and of values (n, K) fp64, plain and weighted."""
+    squares = [values.square() for values in (miss, wanted)]
+    sums = _Sums(squares[0].sum().item(), squares[1].sum().item(), wanted.numel())
+    if importance is not None:
+        error, size = ((total @ importance.double()).sum().item() for total in squares)
+        sums.weighted = error, size
+    return sums
+
+
+def _relative(error: float, size: float) -> float:
+    return math.sqrt(error / size) if size else float(error > 0)
 
 
 def _raw(file: GgufFile, planned: Planned) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +65,27 @@ def folder_written_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what a killed process left of a file or folder that was to become `path`.
+
+    Call it only where no other process can be writing `path`: its unfinished file would go too.
+    """
+    for leftover in path.parent.glob(f"{glob.escape(_hidden_name(path))}.????????{path.suffix}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
 def _partial_name(path: Path) -> Path:
     """Return an unused hidden name with the same suffix in the same folder."""
-    return path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}{path.suffix}")
+    return path.with_name(f"{_hidden_name(path)}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def _hidden_name(path: Path) -> str:
+    # The checksum keeps apart what differs only in the part of a long name that is cut.
+    return f".{path.stem[:40]}.{zlib.crc32(path.name.encode()):08x}"
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,7 @@ so that T mel frames become ceil(T / 4) latent frames and L latent frames become
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,6 +18,7 @@ from ltxlite.models import mel
 from ltxlite.models.settings import Settings
 
 NORM_EPSILON = 1e-6  # the video VAE has 1e-8
+MOST_LATENTS = 160  # decoded at once, 6.4 s: 80 MB in bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,17 @@ class AudioVAEConfig:
     def downscale(self) -> int:
         """Return how many mel frames, and mel bins, one latent frame and bin stand for."""
         return 1 << max(len(self.multipliers) - 1, 0)
+
+    @property
+    def reach(self) -> int:
+        """Return how many latents before its own a decoded mel frame depends on, at most."""
+        rows, rate = 2.0 + 2 * 4, 1  # the first convolution and the middle: 2 rows each back
+        for level in reversed(range(len(self.multipliers))):
+            rows += 4 * (self.blocks + 1) / rate
+            if level:
+                rate *= 2
+                rows += 3 / rate  # the doubled rows and the convolution over them
+        return math.ceil(rows + 2 / rate)
 
     @property
     def latent_bins(self) -> int:
@@ -269,15 +282,34 @@ class AudioDecoder(_LatentScale):
         )
         self.norm_out = PixelNorm()
         self.conv_out = CausalConv2d(widths[0], mel.CHANNELS)
+        self.downscale, self.reach = config.downscale, config.reach
 
     def forward(self, latent: Tensor) -> Tensor:
         """Decode a normalised latent into the log-mel spectrogram that the vocoder plays.
 
         latent: (B, C, L, 16) in the dtype of the weights.  Returns (B, 2, 4 L - 3, 64) log-mel.
+        Long sound is decoded in parts that begin as early as what a frame depends on, so that the
+        result is the same up to rounding and memory does not grow with the length.
         Raises ShapeError for another layout.
         Source: LTX-2 400fd31 audio_vae/audio_vae.py AudioDecoder.
         """
         _check_layout("AudioDecoder", latent, (self.shape[0], self.shape[2]))
+        count = math.ceil(latent.shape[2] / MOST_LATENTS)
+        if count == 1:
+            return self._decode(latent)
+        step = math.ceil(latent.shape[2] / count)
+        return torch.cat(
+            [self._part(latent, start, step) for start in range(0, latent.shape[2], step)], dim=2
+        )
+
+    def _part(self, latent: Tensor, start: int, step: int) -> Tensor:
+        """Decode latents [start, start + step): latent i stands for mel frames 4 i - 3 to 4 i."""
+        first = max(0, start - self.reach)
+        spectrogram = self._decode(latent[:, :, first : start + step])
+        begin = self.downscale * (start - 1) + 1 - self.downscale * first if start else 0
+        return spectrogram[:, :, begin:].clone()
+
+    def _decode(self, latent: Tensor) -> Tensor:
         x = self.mid(self.conv_in(self.denormalise(latent)))
         for level in reversed(self.up):
             x = level(x)

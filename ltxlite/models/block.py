@@ -4,7 +4,7 @@ Source: LTX-2 400fd31, ltx_core/model/transformer/transformer.py; restated in mo
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,12 @@ class PassState:
     video: StreamState | None
     audio: StreamState | None
     chunk: int = TOKEN_CHUNK
+
+    def copied(self) -> "PassState":
+        """Return a state that goes on by itself; only the residual streams change on the way."""
+        streams = (self.video, self.audio)
+        video, audio = (None if s is None else replace(s, x=s.x.clone()) for s in streams)
+        return replace(self, video=video, audio=audio)
 
 
 class StreamBlock(nn.Module):

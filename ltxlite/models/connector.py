@@ -6,7 +6,7 @@ Source: LTX-2 400fd31, ltx_core/text_encoders/gemma/embeddings_connector.py; mod
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -165,11 +165,16 @@ class Connector(nn.Module):
 
         Raises ShapeError if `length` is less than n or no multiple of the registers.
         """
-        x = self._fill(features, length)
-        rope = rope_table(torch.arange(length, device=x.device)[None, None], self.config.rope)
+        return self.together([features], length)[0]
+
+    def together(self, features: Sequence[Tensor], length: int = CONTEXT_LENGTH) -> list[Tensor]:
+        """Do the same for several prompts, block by block: each block is needed only once."""
+        contexts = [self._fill(rows, length) for rows in features]
+        positions = torch.arange(length, device=contexts[0].device)[None, None]
+        rope = rope_table(positions, self.config.rope)
         for block in self.blocks:
-            x = block(x, rope)
-        return rms_norm(x, _EPS)
+            contexts = [block(x, rope) for x in contexts]
+        return [rms_norm(x, _EPS) for x in contexts]
 
     def _fill(self, features: Tensor, length: int) -> Tensor:
         """Put register p mod R into every slot p behind the features."""

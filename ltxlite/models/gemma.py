@@ -6,7 +6,7 @@ Source: transformers 5.23.0, models/gemma3/modeling_gemma3.py; restated in model
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +115,9 @@ class Gemma(nn.Module):
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        rows, columns = config.vocabulary, config.hidden
+        # Given a weight it is not initialised, which on meta would import 800 modules in 2 s.
+        self.embed_tokens = nn.Embedding(rows, columns, _weight=torch.empty(rows, columns))
         self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.layers))
         self.norm = GemmaNorm(config.hidden, config)
 
@@ -128,15 +130,33 @@ class Gemma(nn.Module):
         to 1024 on the left, and its rounding (1e-5 on contexts) is met at 1024 - n.
         Raises ShapeError if an id has no embedding or there are no tokens.
         """
+        return self.layer_states(self.embed(ids), first)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Look up the scaled embeddings (B, n, C) of ids (B, n), where the table lies."""
         self._check(ids)
-        x = self.embed_tokens(ids)
+        table = next(iter(self.embed_tokens.state_dict().values()))
+        x: Tensor = self.embed_tokens(ids.to(table.device))
         # Rounded to the embeddings' dtype as in training: in bf16 sqrt(3840) is 62, not 61.97.
-        x = x * float(torch.tensor(math.sqrt(self.config.hidden)).to(x.dtype))
-        near, far = self._sights(ids, first)
+        return x * float(torch.tensor(math.sqrt(self.config.hidden)).to(x.dtype))
+
+    def layer_states(self, x: Tensor, first: int = 0) -> Iterator[Tensor]:
+        """Yield the states that follow from scaled embeddings (B, n, C), these first."""
+        return (states[0] for states in self.together([x], [first]))
+
+    def together(self, prompts: Sequence[Tensor], firsts: Sequence[int]) -> Iterator[list[Tensor]]:
+        """Yield the states of several prompts, layer by layer: each layer is needed only once.
+
+        prompts: scaled embeddings (B, n, C), of different n.  firsts: see `states`.
+        """
+        device = self.norm.weight.device  # the table, 2 GB in bf16, may have stayed on the host
+        states = [x.to(device) for x in prompts]
+        sights = [self._sights(x, first) for x, first in zip(states, firsts, strict=True)]
         for number, layer in enumerate(self.layers):
-            yield x
-            x = layer(x, far if number in self.config.global_layers else near)
-        yield self.norm(x)
+            yield states
+            kind = 1 if number in self.config.global_layers else 0
+            states = [layer(x, sight[kind]) for x, sight in zip(states, sights, strict=True)]
+        yield [self.norm(x) for x in states]
 
     def _check(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.shape[1] == 0:
@@ -148,9 +168,9 @@ class Gemma(nn.Module):
                 f"{self.config.vocabulary} rows; the tokenizer belongs to another model"
             )
 
-    def _sights(self, ids: Tensor, first: int) -> tuple[Sight, Sight]:
-        config, count = self.config, ids.shape[1]
-        positions = torch.arange(first, first + count, device=ids.device)
+    def _sights(self, x: Tensor, first: int) -> tuple[Sight, Sight]:
+        config, count = self.config, x.shape[1]
+        positions = torch.arange(first, first + count, device=x.device)
         distance = positions[:, None] - positions
         band = (distance >= 0) & (distance < config.window)
         near = self._sight(positions, config.local_theta, 1.0)

@@ -25,6 +25,9 @@ FILTER_TAPS = 12  # of the anti-aliasing low-pass
 SNAKE_EPSILON = 1e-9
 INNER_SLOPE = 0.1  # of the leaky rectifiers of 2.0
 FINAL_SLOPE = 0.01  # of the last one
+# Spectrogram frames played at once: 6.4 s of the 2.3 core, whose parts overlap by 0.9 s, and 3.2 s
+# of its extension; each holds 0.1 GB. Longer parts gain nothing, shorter ones compute more twice.
+MOST_FRAMES = 640
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,22 @@ class GeneratorConfig:
     def hop(self) -> int:
         """Return the samples played per mel frame."""
         return math.prod(self.rates)
+
+    @property
+    def reach(self) -> int:
+        """Return how many spectrogram frames to each side a sample depends on, at most."""
+        edge = EDGE_KERNEL // 2
+        act = FILTER_TAPS // 2 if self.snake else 0  # both filters together, at the outer rate
+        frames, rate = float(edge), 1
+        widest = max(
+            sum((kernel - 1) // 2 * (dilation + 1) + 2 * act for dilation in dilations)
+            for kernel, dilations in zip(self.block_kernels, self.block_dilations, strict=True)
+        )
+        for step, kernel in zip(self.rates, self.kernels, strict=True):
+            frames += (kernel / step + 1) / rate
+            rate *= step
+            frames += widest / rate
+        return math.ceil(frames + (act + edge) / rate)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -194,7 +213,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig, sample_rate: int) -> None:
         super().__init__()
         self.sample_rate = sample_rate
-        self.bound = config.bound
+        self.bound, self.hop, self.reach = config.bound, config.hop, config.reach
         widths, edge = config.widths, EDGE_KERNEL // 2
         self.conv_pre = nn.Conv1d(INPUT_CHANNELS, widths[0], EDGE_KERNEL, padding=edge)
         self.ups = nn.ModuleList(
@@ -220,11 +239,27 @@ class Generator(nn.Module):
 
         spectrogram: (B, 2, T, 64) log-mel, brought to fp32.
         Returns (B, 2, T * hop) fp32: in [-1, 1] unless the configuration leaves it unbounded.
+        Long sound is played in parts that overlap by all a sample depends on, so that the result
+        is the same up to rounding and memory does not grow with the length.
         Raises ShapeError for another layout or weights that are not fp32.
         Source: LTX-2 400fd31 audio_vae/vocoder.py Vocoder.
         """
         require_fp32(self)
-        x = self.conv_pre(_channels_first(spectrogram))
+        x = _channels_first(spectrogram)
+        frames = x.shape[2]
+        if frames <= MOST_FRAMES:
+            return self._play(x)
+        waveform = x.new_empty(len(x), mel.CHANNELS, frames * self.hop)
+        step = math.ceil(frames / math.ceil(frames / MOST_FRAMES))
+        for start in range(0, frames, step):
+            stop, first = min(start + step, frames), max(0, start - self.reach)
+            part = self._play(x[..., first : stop + self.reach])
+            part = part[..., (start - first) * self.hop : (stop - first) * self.hop]
+            waveform[..., start * self.hop : stop * self.hop] = part
+        return waveform
+
+    def _play(self, x: Tensor) -> Tensor:
+        x = self.conv_pre(x)
         for stage, upsample in enumerate(self.ups):
             x = self._refine(upsample(self.before_up(x)), stage)
         return self._bounded(self.conv_post(self.act_post(x)))

@@ -5,7 +5,7 @@ so that a block holds about three hidden states (x, keys, values) instead of ten
 enabled the same functions run unchunked and out of place.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxlite.models.rope import Rope
+from ltxlite_kernels import ops
 
 TOKEN_CHUNK = 2048  # rows of a 4096-wide feed-forward then hold 64 MiB in bf16
 ROTATED_CHUNK = 512  # rotation holds four fp32 copies of its rows: 32 MiB at width 4096
@@ -20,7 +21,7 @@ ROTATED_CHUNK = 512  # rotation holds four fp32 copies of its rows: 32 MiB at wi
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """Divide rows (..., C) by their root mean square, then scale by `weight` if there is one."""
-    if x.is_cuda or torch.is_grad_enabled():
+    if x.is_cuda or x.is_meta or torch.is_grad_enabled():  # meta stands for the card
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     # On a CPU that is five passes with a square of x in memory; this is two or three.
     wide = x.float()
@@ -146,7 +147,7 @@ def attention(q: Tensor, kv: KeyValue, heads: int, bias: Tensor | None = None) -
     q and the result: (B, t, W).  kv: (B, S, W).  bias: additive, broadcast to (B, 1, t, S).
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv.key, kv.value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    return ops.attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -241,3 +242,28 @@ class FeedForward(nn.Module):
             torch.ops.aten.gelu_(hidden, approximate="tanh")
         out: Tensor = self.down(hidden)
         return out
+
+
+class RowPieces(nn.Module):
+    """A Linear cut along its outputs into Linears that are needed one after the other.
+
+    It takes the place of one too large to be held whole: the text projection has 2.3 GB.
+    """
+
+    def __init__(self, pieces: nn.ModuleList) -> None:
+        super().__init__()
+        self.pieces = pieces
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., K) to (..., N)."""
+        return self.all([x])[0]
+
+    def all(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Map several inputs while each piece is there once."""
+        parts = [[piece(x) for x in inputs] for piece in self.pieces]
+        return [torch.cat(columns, dim=-1) for columns in zip(*parts, strict=True)]
+
+
+def apply_to_all(linear: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Map each input (..., K) by a Linear, or by one in pieces, to (..., N)."""
+    return linear.all(inputs) if isinstance(linear, RowPieces) else [linear(x) for x in inputs]

@@ -104,6 +104,11 @@ class Pass:
     audio: StreamInput | None
     perturbations: tuple[Perturbation, ...] = ()
 
+    def skips(self, block: int) -> frozenset[tuple[int, Skip]]:
+        """Return all that is left out in a block: pairs of sample and kind of attention."""
+        samples = enumerate(self.perturbations)
+        return frozenset((i, skip) for i, p in samples for skip in Skip if p.active(skip, block))
+
     def skipped(self, skip: Skip, block: int) -> bool | Tensor:
         """Tell which samples skip: all (True), none (False) or a mask (B,) on the CPU."""
         active = [perturbation.active(skip, block) for perturbation in self.perturbations]

@@ -8,7 +8,7 @@ from layer to layer, and each then repeats its last frame. No tiles, no seams, n
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,15 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.errors import ShapeError
+from ltxlite.models.causal_conv import CausalConv3d, Piece, activate_, gather, length
 from ltxlite.models.video_vae import (
-    CausalConv3d,
     DepthToSpaceUpsample,
     ResnetBlock,
     ResnetRun,
     SpaceToDepthDownsample,
     VideoDecoder,
     VideoEncoder,
-    activate,
     unpatchify,
 )
 
@@ -37,6 +36,9 @@ class Group:
 
     frames: Tensor
     last: bool
+
+    def __len__(self) -> int:
+        return self.frames.shape[1]
 
 
 def decode_frames(
@@ -56,12 +58,14 @@ def decode_frames(
 @torch.no_grad()
 def _decode(decoder: VideoDecoder, latent: Tensor, group_bytes: int) -> Iterator[Tensor]:
     rolling = _Rolling(iter([Group(latent.transpose(1, 2), last=True)]), group_bytes)
-    rolling.step(_Convolution(decoder.conv_in, lambda x: decoder.prepare(x.transpose(1, 2))))
+    rolling.step(_Convolution(decoder.conv_in, lambda x: Piece(decoder.prepare(x.transpose(1, 2)))))
     for block in decoder.up_blocks:
         rolling.block(block)
-    rolling.step(_Convolution(decoder.conv_out, activate))
+    rolling.step(_Convolution(decoder.conv_out, Piece.activated))
     for group in rolling.groups:
-        yield unpatchify(group.frames, decoder.config.patch)
+        pixels = [unpatchify(group.frames, decoder.config.patch)]
+        del group
+        yield pixels.pop()  # and none of it is held here while the caller works
 
 
 @torch.no_grad()
@@ -75,17 +79,32 @@ def encode_frames(
     `encoder(pixels)`; frames after the last 8 n + 1 are left out.
     Raises ShapeError for another layout, or without any frame.
     """
-    # The encoder only looks back: incomplete ends stay inside and no layer needs to know `last`.
-    patches = (Group(encoder.prepare(pixels), last=False) for pixels in frames)
-    rolling = _Rolling(patches, group_bytes)
+    rolling = _Rolling(_patches(encoder, frames), group_bytes)
     rolling.step(_Convolution(encoder.conv_in))
     for block in encoder.down_blocks:
         rolling.block(block)
-    rolling.step(_Convolution(encoder.conv_out, activate))
+    rolling.step(_Convolution(encoder.conv_out, Piece.activated))
     latents = [encoder.finish(group.frames) for group in rolling.groups]
     if not latents:
         raise ShapeError("encode_frames: got no frame, wanted at least one")
     return torch.cat(latents, dim=2)
+
+
+def _patches(encoder: VideoEncoder, frames: Iterable[Tensor]) -> Iterator[Group]:
+    """Patchify what comes, one item behind, to know the last: after it no layer keeps anything.
+
+    The encoder only looks back, so that a last group which fills no pair may stay inside.
+    """
+    waiting: list[Tensor] = []
+    for pixels in frames:
+        patches = encoder.prepare(pixels)
+        del pixels
+        if waiting:
+            yield Group(waiting.pop(), last=False)
+        waiting.append(patches)
+        del patches
+    if waiting:
+        yield Group(waiting.pop(), last=True)
 
 
 class _Rolling:
@@ -124,10 +143,7 @@ def _cut(group: Group, conv: CausalConv3d, group_bytes: int) -> Iterator[Group]:
 
     The clip's last group needs it most: every layer that it passes adds the frame it still owed.
     """
-    batch, frames, _, rows, columns = group.frames.shape
-    weight = conv.conv.weight
-    frame_bytes = batch * max(weight.shape[:2]) * rows * columns * weight.element_size()
-    count = math.ceil(frames / max(1, group_bytes // frame_bytes))
+    count = math.ceil(len(group) / max(1, group_bytes // conv.frame_bytes(group.frames)))
     cuts = group.frames.chunk(count, dim=1)
     parts = [Group(part, group.last and part is cuts[-1]) for part in cuts]
     # Popped, not iterated over: a list's iterator keeps every part until the list is exhausted.
@@ -140,17 +156,17 @@ class _Memory:
 
     def __init__(self, conv: CausalConv3d) -> None:
         self.before, self.after = conv.before, conv.after
-        self.frames: Tensor | None = None
+        self.past: list[Piece] = []
 
-    def window(self, group: Group) -> Tensor:
-        """Return the group after the frames kept, with the clip's ends repeated as needed."""
-        x = group.frames
-        past = [x[:, :1]] * self.before if self.frames is None else [self.frames]
-        future = [x[:, -1:]] * self.after if group.last else []
-        window = torch.cat([*past, x, *future], dim=1)
-        # A copy: a view of two frames would keep the whole window alive.
-        self.frames = None if group.last else window[:, -2:].clone()
-        return window
+    def extend(self, pieces: Sequence[Piece], last: bool) -> list[Piece]:
+        """Return new pieces after the frames kept, with the clip's ends repeated as needed."""
+        first, final = pieces[0].part(0, 1), pieces[-1].part(len(pieces[-1]) - 1, len(pieces[-1]))
+        past = self.past or [first] * self.before
+        pieces = [*past, *pieces, *([final] * self.after if last else [])]
+        count = length(pieces)
+        kept = () if last else gather(pieces, count - 2, count)
+        self.past = [piece.compact() for piece in kept]
+        return pieces
 
 
 class _Step:
@@ -167,19 +183,17 @@ class _Step:
 
 
 class _Convolution(_Step):
-    """Prepares frames one by one, then convolves them."""
+    """Convolves frames as `prepare` makes them visible."""
 
-    def __init__(
-        self, conv: CausalConv3d, prepare: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, conv: CausalConv3d, prepare: Callable[[Tensor], Piece] = Piece) -> None:
         super().__init__(conv)
         self.prepare = prepare
 
     def __call__(self, group: Group) -> Group | None:
-        if self.prepare:
-            group = Group(self.prepare(group.frames), group.last)
-        window = self.memory.window(group)
-        return Group(self.conv.window(window), group.last) if window.shape[1] > 2 else None
+        pieces = self.memory.extend([self.prepare(group.frames)], group.last)
+        if length(pieces) < 3:
+            return None
+        return Group(self.conv.convolve(pieces, len(group)), group.last)
 
 
 class _Resnet(_Step):
@@ -190,18 +204,23 @@ class _Resnet(_Step):
         self.block, self.hidden = block, _Memory(block.conv2)
 
     def __call__(self, group: Group) -> Group | None:
-        window = self.memory.window(group)
-        if window.shape[1] < 3:
-            return None
         # Two frames are activated once more each time; keeping them would need 1.5x the memory.
-        hidden = activate(self.block.conv1.window(activate(window)))
-        hidden = self.hidden.window(Group(hidden, group.last))
-        if hidden.shape[1] < 3:
+        pieces = self.memory.extend([Piece.activated(group.frames)], group.last)
+        if length(pieces) < 3:
             return None
-        out = self.block.conv2.window(hidden)
+        # Not under a name of its own: what the second convolution does not keep goes as it is read.
+        inner = [Piece(activate_(self.block.conv1.convolve(list(pieces), len(group))))]
+        inner = self.hidden.extend(inner, group.last)
+        if length(inner) < 3:
+            return None
+        out = self.block.conv2.convolve(inner, len(group))
         # Each convolution lags `after` frames behind, and the clip's end fills one lag up.
-        end = window.shape[1] - self.memory.after * (1 if group.last else 2)
-        return Group(out.add_(window[:, end - out.shape[1] : end]), group.last)
+        end = length(pieces) - self.memory.after * (1 if group.last else 2)
+        start = 0
+        for piece in gather(pieces, end - out.shape[1], end):
+            out[:, start : start + len(piece)].add_(piece.frames)
+            start += len(piece)
+        return Group(out, group.last)
 
 
 class _Upsample(_Step):
@@ -213,10 +232,10 @@ class _Upsample(_Step):
         self.surplus = block.stride[0] - 1
 
     def __call__(self, group: Group) -> Group | None:
-        window = self.memory.window(group)
-        if window.shape[1] < 3:
+        pieces = self.memory.extend([Piece(group.frames)], group.last)
+        if length(pieces) < 3:
             return None
-        frames = self.block.unfold(window)[:, self.surplus :]
+        frames = self.block.unfold(pieces, len(group))[:, self.surplus :]
         self.surplus = 0
         return Group(frames, group.last)
 
@@ -227,14 +246,20 @@ class _Downsample(_Step):
     def __init__(self, block: SpaceToDepthDownsample) -> None:
         super().__init__(block.conv)
         self.block = block
-        self.odd: Tensor | None = None
+        self.odd: list[Piece] | None = None if block.stride[0] == 2 else []
 
     def __call__(self, group: Group) -> Group | None:
-        x = group.frames
+        pieces = [Piece(group.frames)]
         if self.block.stride[0] == 2:
-            x = torch.cat([x[:, :1] if self.odd is None else self.odd, x], dim=1)
-            even = x.shape[1] // 2 * 2
-            self.odd, x = x[:, even:].clone(), x[:, :even]
-        if x.shape[1] == 0:
+            pieces = self._pairs(pieces[0])
+        if not pieces:
             return None
-        return Group(self.block.fold(self.memory.window(Group(x, group.last))), group.last)
+        pieces = self.memory.extend(pieces, group.last)
+        return Group(self.block.fold(pieces, len(group)), group.last)
+
+    def _pairs(self, piece: Piece) -> list[Piece]:
+        pieces = [*([piece.part(0, 1)] if self.odd is None else self.odd), piece]
+        count = length(pieces)
+        even = count // 2 * 2
+        self.odd = [rest.compact() for rest in gather(pieces, even, count)]
+        return list(gather(pieces, 0, even))

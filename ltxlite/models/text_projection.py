@@ -1,24 +1,24 @@
 """The text projection: Gemma's states of all layers to one feature per token and stream.
 
 Flattened, a token's states are 49 x 3840 values with the layer as the fastest index, d·L + l.
-That row is never built where it can be avoided: W · row = Σ_l W[:, l::L] · x_l, summed up while
-Gemma's layers come by.
+So the columns of one layer lie 49 apart: summing up W[:, l::49] · x_l while the layers come by
+would touch every page of a 2.3 GB matrix 49 times, and cannot decode one quantized along its
+rows. The rows of real tokens are filled instead (0.4 MB each in bf16), the matrix is read once.
 Source: LTX-2 400fd31, ltx_core/text_encoders/gemma/feature_extractor.py; model.md 3.3.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError, ShapeError
 from ltxlite.models.connector import ConnectorConfig
 from ltxlite.models.gemma_config import GemmaConfig
-from ltxlite.models.layers import rms_norm
+from ltxlite.models.layers import apply_to_all, rms_norm
 from ltxlite.models.settings import Settings
 
 _EPS = 1e-6
@@ -82,41 +82,28 @@ class TextProjectionConfig:
         return cls(gemma.hidden, gemma.states, rows[0], rows[1], shared)
 
 
-class SliceSum:
-    """Sums up a plain linear layer slice by slice, in fp32."""
-
-    def __init__(self, linear: nn.Linear, states: int) -> None:
-        self.linear, self.states = linear, states
-        bias = linear.bias
-        self.total = linear.weight.new_zeros(()).float() if bias is None else bias.float()
-
-    def add(self, x: Tensor, number: int) -> None:
-        """Add the normalised state `number` (B, n, C)."""
-        part = F.linear(x, self.linear.weight[:, number :: self.states])
-        self.total = self.total + part.float()
-
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """Return the features (B, n, N)."""
-        return self.total.to(dtype)
-
-
 class FlatInput:
-    """Collects all states for a layer that can only be called, such as a quantized one."""
+    """The rows a projection reads, filled state by state as Gemma's layers come by."""
 
-    def __init__(self, linear: nn.Module) -> None:
-        self.linear = linear
-        self.parts: list[Tensor] = []
+    def __init__(self, states: int, scale: float) -> None:
+        self.states, self.scale = states, scale
+        self.rows: Tensor | None = None  # (B, n, C, L)
 
-    def add(self, x: Tensor, number: int) -> None:
-        """Keep the normalised state `number` (B, n, C); they come in order."""
-        self.parts.append(x)
+    def put(self, normed: Tensor, number: int, dtype: torch.dtype) -> None:
+        """Take the normalised state `number` (B, n, C), in fp32."""
+        if self.rows is None:
+            self.rows = normed.new_empty(*normed.shape, self.states, dtype=dtype)
+        self.rows[..., number] = normed * self.scale
 
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """Return the features (B, n, N)."""
-        flat = torch.stack(self.parts, dim=-1).flatten(-2)
-        self.parts.clear()
-        out: Tensor = self.linear(flat)
-        return out.to(dtype)
+    def taken(self) -> Tensor:
+        """Hand the rows (B, n, C L) over."""
+        assert self.rows is not None  # `gather` counted the states
+        rows, self.rows = self.rows.flatten(-2), None
+        return rows
+
+
+# The inputs of a prompt: for picture and sound, in 2.0 one for both.
+Gathered: TypeAlias = tuple[FlatInput, ...]
 
 
 class TextProjection(nn.Module):
@@ -138,25 +125,19 @@ class TextProjection(nn.Module):
         states: one per layer in Gemma's order, read once. In 2.0 both features are one tensor.
         Raises ShapeError if their number or width is not the projection's.
         """
-        config, count, dtype = self.config, 0, torch.float32
-        sums = self._sums()
-        for number, state in enumerate(states):
-            self._check(number < config.states, number + 1, state.shape[-1])
-            count, dtype = number + 1, state.dtype
-            normed = normalise_layer(state) if config.shared else rms_norm(state.float(), _EPS)
-            for scale, total in sums:
-                total.add((normed * scale).to(dtype), number)
-        self._check(count == config.states, count, config.hidden)
-        results = [total.result(dtype) for _, total in sums]
-        return results[0], results[-1]
+        return self.project(gather(self.config, ([state] for state in states)))[0]
 
-    def _check(self, fits: bool, count: int, width: int) -> None:
-        config = self.config
-        if not fits or width != config.hidden:
-            raise ShapeError(
-                f"the text encoder gave {count} states {width} wide, the text projection takes "
-                f"{config.states} of {config.hidden}; LTX-2.0 and 2.3 need Gemma 3 12B"
-            )
+    def project(self, prompts: Sequence[Gathered]) -> list[tuple[Tensor, Tensor]]:
+        """Project what `gather` collected of each prompt; the weights are needed once for all.
+
+        Each prompt's features have the bits that it would have alone.
+        """
+        linears = [self.both] if self.config.shared else [self.video, self.audio]
+        found = [
+            apply_to_all(linear, [rows[place].taken() for rows in prompts])
+            for place, linear in enumerate(linears)
+        ]
+        return list(zip(found[0], found[-1], strict=True))
 
     def padded_features(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Project stacked states (B, L, S, C) of padded prompts to features with padding rows.
@@ -173,20 +154,40 @@ class TextProjection(nn.Module):
                 out[sample, real] = feature[0]
         return padded[0], padded[1]
 
-    def _sums(self) -> list[tuple[float, SliceSum | FlatInput]]:
-        """Return a fresh accumulator of each projection and the scale of its input."""
-        config = self.config
-        if config.shared:
-            return [(1.0, self._sum(self.both))]
-        return [
-            (math.sqrt(config.video / config.hidden), self._sum(self.video)),
-            (math.sqrt(config.audio / config.hidden), self._sum(self.audio)),
-        ]
 
-    def _sum(self, linear: nn.Module) -> SliceSum | FlatInput:
-        if type(linear) is nn.Linear:
-            return SliceSum(linear, self.config.states)
-        return FlatInput(linear)
+def gather(config: TextProjectionConfig, states: Iterable[Sequence[Tensor]]) -> list[Gathered]:
+    """Collect the rows to project while Gemma's layers come by; no weights are needed yet.
+
+    states: for each layer, the states (B, n, C) of several prompts.  Returns, for each prompt, the
+    inputs of the projections.  Raises ShapeError if number or width of the states do not fit.
+    """
+    count = 0
+    prompts: list[Gathered] = []
+    for number, layer in enumerate(states):
+        _check(config, number < config.states, number + 1, layer[0].shape[-1])
+        count = number + 1
+        prompts = prompts or [_inputs(config) for _ in layer]
+        for state, rows in zip(layer, prompts, strict=True):
+            normed = normalise_layer(state) if config.shared else rms_norm(state.float(), _EPS)
+            for item in rows:
+                item.put(normed, number, state.dtype)
+    _check(config, count == config.states, count, config.hidden)
+    return prompts
+
+
+def _check(config: TextProjectionConfig, fits: bool, count: int, width: int) -> None:
+    if not fits or width != config.hidden:
+        raise ShapeError(
+            f"the text encoder gave {count} states {width} wide, the text projection takes "
+            f"{config.states} of {config.hidden}; LTX-2.0 and 2.3 need Gemma 3 12B"
+        )
+
+
+def _inputs(config: TextProjectionConfig) -> Gathered:
+    if config.shared:
+        return (FlatInput(config.states, 1.0),)
+    widths = (config.video, config.audio)
+    return tuple(FlatInput(config.states, math.sqrt(width / config.hidden)) for width in widths)
 
 
 def normalise_layer(state: Tensor) -> Tensor:

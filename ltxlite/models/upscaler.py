@@ -1,4 +1,8 @@
-"""Latent upscalers: one network between two stages of denoising, in space, in time or in both."""
+"""Latent upscalers: one network between two stages of denoising, in space, in time or in both.
+
+The norms see all frames at once, so the clip cannot pass in parts. It is worked on in place: two
+whole tensors live, what a block got and what it makes, and a few frames of one convolution.
+"""
 
 import math
 import re
@@ -16,6 +20,8 @@ from ltxlite.models.settings import Settings
 NORM_GROUPS = 32
 NORM_EPSILON = 1e-5
 BLUR = (1, 4, 6, 4, 1)  # binomial, so that keeping every second pixel does not alias
+FRAMES_AT_ONCE = 4  # latent frames; one of 1920x1088 is 4 MB at 1024 channels
+NORM_PARTS = 8  # a norm's result is copied back, an eighth of the clip at a time
 
 Shape = tuple[int, ...]
 Ratio = tuple[int, int]
@@ -118,6 +124,32 @@ def _upsampling_of(shapes: Mapping[str, Shape], width: int) -> tuple[Ratio, bool
     )
 
 
+def convolve(conv: nn.Conv3d, x: Tensor, out: Tensor) -> Tensor:
+    """Convolve 3x3x3 with zeros around, a few frames at a time: (B, C, F, Y, X) to (B, N, F, Y, X).
+
+    out: where to, `x` itself if it has the channels.
+    In parts cuDNN's 3-D kernels cannot ask for work space of the size of the clip, as they do in
+    torch 2.9 (three times the tensors, bf16).
+    """
+    before = torch.zeros_like(x[:, :, :1])
+    for start in range(0, x.shape[2], FRAMES_AT_ONCE):
+        stop = min(start + FRAMES_AT_ONCE, x.shape[2])
+        after = x[:, :, stop : stop + 1] if stop < x.shape[2] else torch.zeros_like(before)
+        window = torch.cat([before, x[:, :, start:stop], after], dim=2)
+        before = window[:, :, -2:-1].clone()
+        out[:, :, start:stop] = F.conv3d(window, conv.weight, conv.bias, padding=(0, 1, 1))
+    return out
+
+
+def normalise_(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Apply a group norm in the memory of `x`, a few groups at a time."""
+    groups = NORM_GROUPS // NORM_PARTS
+    weights, biases = norm.weight.chunk(NORM_PARTS), norm.bias.chunk(NORM_PARTS)
+    for part, weight, bias in zip(x.chunk(NORM_PARTS, dim=1), weights, biases, strict=True):
+        part.copy_(F.group_norm(part, groups, weight, bias, norm.eps))
+    return x
+
+
 class ResidualBlock(nn.Module):
     """Add two normalised convolutions to the input and activate the sum."""
 
@@ -129,8 +161,10 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(NORM_GROUPS, width, NORM_EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.silu(self.norm1(self.conv1(x)))
-        return F.silu(x + self.norm2(self.conv2(hidden)))
+        hidden = convolve(self.conv1, x, torch.empty_like(x))
+        hidden = F.silu(normalise_(self.norm1, hidden), inplace=True)
+        hidden = normalise_(self.norm2, convolve(self.conv2, hidden, hidden))
+        return F.silu(hidden.add_(x), inplace=True)
 
 
 class FrameUpsampler(nn.Module):
@@ -142,11 +176,13 @@ class FrameUpsampler(nn.Module):
         self.conv = nn.Conv2d(width, self.numerator**2 * width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = x.shape[0]
-        frames = F.pixel_shuffle(self.conv(x.transpose(1, 2).flatten(0, 1)), self.numerator)
-        if self.denominator > 1:
-            frames = self._blur(frames)
-        return frames.reshape(batch, -1, *frames.shape[1:]).transpose(1, 2)
+        # ceil(n Y / d): as many as the strided blur keeps
+        rows, columns = (-(-self.numerator * side // self.denominator) for side in x.shape[3:])
+        out = x.new_empty(*x.shape[:3], rows, columns)
+        for index in range(x.shape[2]):
+            frame = F.pixel_shuffle(self.conv(x[:, :, index]), self.numerator)
+            out[:, :, index] = self._blur(frame) if self.denominator > 1 else frame
+        return out
 
     def _blur(self, frames: Tensor) -> Tensor:
         taps = torch.tensor(BLUR, device=frames.device, dtype=frames.dtype)
@@ -168,10 +204,14 @@ class VolumeUpsampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, frames, rows, columns = x.shape
         side = self.side
-        split = self.conv(x).reshape(batch, channels, 2, side, side, frames, rows, columns)
-        merged = split.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, C, F, 2, Y, side, X, side)
-        volume = merged.reshape(batch, channels, 2 * frames, side * rows, side * columns)
-        out: Tensor = volume[:, :, 1:]  # the first latent frame stands for a single picture
+        split = convolve(self.conv, x, x.new_empty(batch, self.conv.out_channels, *x.shape[2:]))
+        split = split.view(batch, channels, 2, side, side, frames, rows, columns)
+        # The first latent frame stands for a single picture, so its first half is left out.
+        out = x.new_empty(batch, channels, 2 * frames - 1, side * rows, side * columns)
+        for index in range(1, 2 * frames):
+            frame = split[:, :, index % 2, :, :, index // 2]  # (B, C, side, side, Y, X)
+            merged = frame.permute(0, 1, 4, 2, 5, 3)  # (B, C, Y, side, X, side)
+            out[:, :, index - 1] = merged.reshape(batch, channels, *out.shape[3:])
         return out
 
 
@@ -205,10 +245,21 @@ class LatentUpscaler(nn.Module):
                 f"upscaler: got a latent of shape {tuple(latent.shape)}, wanted "
                 f"(batch, {self.latent_channels}, frames, rows, columns)"
             )
-        x = F.silu(self.initial_norm(self.initial_conv(latent)))
-        x = self.upsampler(self.res_blocks(x))
-        out: Tensor = self.final_conv(self.post_upsample_res_blocks(x))
-        return out
+        # Blocks are called one by one: `Sequential` keeps what it was given while it runs.
+        x = self._enter(latent)
+        for block in self.res_blocks:
+            x = block(x)
+        x = self.upsampler(x)
+        for block in self.post_upsample_res_blocks:
+            x = block(x)
+        out = x.new_empty(x.shape[0], self.latent_channels, *x.shape[2:])
+        return convolve(self.final_conv, x, out)
+
+    def _enter(self, latent: Tensor) -> Tensor:
+        width = self.initial_conv.out_channels
+        x = latent.new_empty(latent.shape[0], width, *latent.shape[2:])
+        x = normalise_(self.initial_norm, convolve(self.initial_conv, latent, x))
+        return F.silu(x, inplace=True)
 
 
 def _blocks(config: UpscalerConfig) -> nn.Sequential:

@@ -9,14 +9,20 @@ Latents and pixels are (B, C, F, Y, X) as everywhere; inside, frames come first:
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError, ShapeError
+from ltxlite.models.causal_conv import (
+    MOST_FRAMES,
+    CausalConv3d,
+    Piece,
+    activate_,
+    gather,
+    joined,
+    length,
+    root_mean_square,
+)
 from ltxlite.models.video_vae_config import COLOURS, Block, Padding, Stride, VideoVAEConfig
-
-NORM_EPSILON = 1e-8  # the audio VAE has 1e-6
-TRIPLES = 4  # frames convolved at once; their inputs are copied to be adjacent, three frames each
 
 
 def normalise(latent: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -68,52 +74,6 @@ def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
     return boxes.permute(0, 1, 3, 2, 6, 4, 7, 5).reshape(b, f * t, -1, rows * h, columns * w)
 
 
-def activate(x: Tensor) -> Tensor:
-    """Scale the channels at each place to a root mean square of one, then apply SiLU."""
-    return F.silu(x / torch.sqrt((x**2).mean(dim=2, keepdim=True) + NORM_EPSILON), inplace=True)
-
-
-class CausalConv3d(nn.Module):
-    """Convolve 3x3x3; frames beyond the clip repeat its first and last, or its first only.
-
-    Computed as a 2-D convolution over the channels of three frames: on a CPU conv3d is up to 10x
-    slower for few channels or frames, and cuDNN's needs up to 3x the memory (torch 2.9, bf16).
-    """
-
-    def __init__(self, inputs: int, outputs: int, causal: bool, padding: Padding) -> None:
-        super().__init__()
-        self.before, self.after = (2, 0) if causal else (1, 1)
-        self.padding, self.edge = padding, 1 if padding == "zeros" else 0
-        self.conv = nn.Conv3d(inputs, outputs, 3)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """Add the frames beyond the clip: (B, F, C, Y, X) to (B, F + 2, C, Y, X)."""
-        return torch.cat([x[:, :1]] * self.before + [x] + [x[:, -1:]] * self.after, dim=1)
-
-    def window(self, x: Tensor) -> Tensor:
-        """Convolve frames whose neighbours are given: (B, F + 2, C, Y, X) to (B, F, N, Y, X)."""
-        weight = self.conv.weight.transpose(1, 2).flatten(1, 2)  # (N, 3 C, 3, 3)
-        batch, frames, _, rows, columns = x.shape
-        if frames - 2 <= TRIPLES:
-            return self._triples(x, weight)
-        out = x.new_empty(batch, frames - 2, weight.shape[0], rows, columns)
-        for start in range(0, frames - 2, TRIPLES):
-            part = x[:, start : start + TRIPLES + 2]
-            out[:, start : start + TRIPLES] = self._triples(part, weight)
-        return out
-
-    def _triples(self, x: Tensor, weight: Tensor) -> Tensor:
-        triples = x.unfold(1, 3, 1).movedim(-1, 2)  # (B, F, 3, C, Y, X), a view
-        planes = triples.reshape(-1, weight.shape[1], *x.shape[3:])
-        if self.padding == "reflect":
-            planes = F.pad(planes, (1, 1, 1, 1), mode="reflect")
-        planes = F.conv2d(planes, weight, self.conv.bias, padding=self.edge)
-        return planes.view(x.shape[0], -1, *planes.shape[1:])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.window(self.pad(x))
-
-
 class ResnetBlock(nn.Module):
     """Add two normalised, activated convolutions to the input."""
 
@@ -123,8 +83,8 @@ class ResnetBlock(nn.Module):
         self.conv2 = CausalConv3d(width, width, causal, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.conv1(activate(x))
-        hidden = self.conv2(activate(hidden))
+        hidden: Tensor = self.conv1(x, root_mean_square(x))
+        hidden = self.conv2(activate_(hidden))
         return hidden.add_(x)
 
 
@@ -157,17 +117,17 @@ class SpaceToDepthDownsample(nn.Module):
         self.group = _divide(width * math.prod(block.stride), self.outputs, "encoder_blocks")
         self.conv = CausalConv3d(width, inner, causal=True, padding=padding)
 
-    def fold(self, window: Tensor) -> Tensor:
+    def fold(self, pieces: list[Piece], most: int = MOST_FRAMES) -> Tensor:
         """Downsample frames after two earlier ones: F + 2 frames to F over the time stride."""
-        skip = space_to_depth(window[:, 2:], self.stride)
-        batch, frames, _, rows, columns = skip.shape
-        skip = skip.view(batch, frames, self.outputs, self.group, rows, columns).mean(dim=3)
-        return space_to_depth(self.conv.window(window), self.stride).add_(skip)
+        skip = space_to_depth(joined(gather(pieces, 2, length(pieces))), self.stride)
+        batch, count, _, rows, columns = skip.shape
+        skip = skip.view(batch, count, self.outputs, self.group, rows, columns).mean(dim=3)
+        return space_to_depth(self.conv.convolve(pieces, most), self.stride).add_(skip)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride[0] == 2:
-            x = torch.cat([x[:, :1], x], dim=1)
-        return self.fold(self.conv.pad(x))
+        clip = Piece(x)
+        doubled = self.stride[0] - 1
+        return self.fold([clip.part(0, 1)] * (self.conv.before + doubled) + [clip])
 
 
 class DepthToSpaceUpsample(nn.Module):
@@ -187,16 +147,19 @@ class DepthToSpaceUpsample(nn.Module):
             self.repeats = _divide(places, block.multiplier, "decoder_blocks")
         self.conv = CausalConv3d(width, outputs, causal=False, padding=padding)
 
-    def unfold(self, window: Tensor) -> Tensor:
+    def unfold(self, pieces: list[Piece], most: int = MOST_FRAMES) -> Tensor:
         """Upsample frames whose neighbours are given: F + 2 frames to F times the time stride."""
-        out = depth_to_space(self.conv.window(window), self.stride)
-        if self.repeats:
-            skip = depth_to_space(window[:, 1:-1], self.stride)
-            out += skip.repeat(1, 1, self.repeats, 1, 1)
+        own = list(gather(pieces, 1, length(pieces) - 1)) if self.repeats else []
+        out = depth_to_space(self.conv.convolve(pieces, most), self.stride)
+        if own:
+            skip = depth_to_space(joined(own), self.stride)
+            out.unflatten(2, (self.repeats, -1)).add_(skip.unsqueeze(2))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.unfold(self.conv.pad(x))
+        clip = Piece(x)
+        first, last = clip.part(0, 1), clip.part(len(clip) - 1, len(clip))
+        out = self.unfold([first, clip, last])
         return out[:, self.stride[0] - 1 :]
 
 
@@ -267,7 +230,7 @@ class VideoEncoder(_LatentScale):
         x = self.conv_in(x[:, : self.config.grid.snap_frames(x.shape[1])])
         for block in self.down_blocks:
             x = block(x)
-        return self.finish(self.conv_out(activate(x)))
+        return self.finish(self.conv_out(x, root_mean_square(x)))
 
 
 class VideoDecoder(_LatentScale):
@@ -312,7 +275,7 @@ class VideoDecoder(_LatentScale):
         x = self.conv_in(self.prepare(latent))
         for block in self.up_blocks:
             x = block(x)
-        return unpatchify(self.conv_out(activate(x)), self.config.patch)
+        return unpatchify(self.conv_out(x, root_mean_square(x)), self.config.patch)
 
 
 # Names as they stand after the prefix `vae.`.  The two halves are separate modules which both own

@@ -7,43 +7,41 @@ they still need the negative prediction, so every step costs two passes.
 import math
 
 from ltxlite.errors import RequestError
-from ltxlite.sampling.contract import Prediction, Sigmas, State, Tools, intervals, mix
+from ltxlite.sampling.contract import Carry, Prediction, State, Step, Tools, mix
 
 
-def euler_cfg_pp(x: State, sigmas: Sigmas, tools: Tools) -> State:
+def euler_cfg_pp(carry: Carry, step: Step, tools: Tools) -> Carry:
     """Renoise the guided prediction with the noise that the negative prediction implies.
 
-    x: (B, T, C) fp32 a stream.  Raises RequestError if the denoiser gives no negative prediction.
+    Carries x, (B, T, C) fp32 a stream.
+    Raises RequestError if the denoiser gives no negative prediction.
     Source: ComfyUI k_diffusion sampling.py, sample_euler_cfg_pp for flow models.
     """
-    for step, sigma, following in intervals(sigmas):
-        prediction = tools.denoise(x, sigma)
-        noise = _implied_noise(x, prediction, sigma)
-        x = mix(1 - following, prediction.x0, following, noise) if following else prediction.x0
-        tools.report(step, x)
-    return x
+    x, following = carry["x"], step.following
+    prediction = tools.denoise(x, step.sigma)
+    noise = _implied_noise(x, prediction, step.sigma)
+    if following == 0:
+        return {"x": prediction.x0}
+    return {"x": mix(1 - following, prediction.x0, following, noise)}
 
 
 def euler_ancestral_cfg_pp(
-    x: State, sigmas: Sigmas, tools: Tools, eta: float = 1.0, s_noise: float = 1.0
-) -> State:
+    carry: Carry, step: Step, tools: Tools, eta: float = 1.0, s_noise: float = 1.0
+) -> Carry:
     """Do as `euler_cfg_pp`, and replace part of the implied noise by fresh noise.
 
     eta: 0 replaces none, 1 as much as an ancestral step allows; all of it when sigma is 1.
     Source: ComfyUI k_diffusion sampling.py, sample_euler_ancestral_cfg_pp for flow models.
     """
-    for step, sigma, following in intervals(sigmas):
-        prediction = tools.denoise(x, sigma)
-        if following == 0:
-            x = prediction.x0
-        else:
-            up = following * fresh_share(sigma, following, eta)
-            down = math.sqrt(following**2 - up**2)
-            noise = _implied_noise(x, prediction, sigma)
-            x = mix(1 - following, prediction.x0, down, noise)
-            x = tools.add_noise(x, s_noise * up)
-        tools.report(step, x)
-    return x
+    x, following = carry["x"], step.following
+    prediction = tools.denoise(x, step.sigma)
+    if following == 0:
+        return {"x": prediction.x0}
+    up = following * fresh_share(step.sigma, following, eta)
+    down = math.sqrt(following**2 - up**2)
+    noise = _implied_noise(x, prediction, step.sigma)
+    x = mix(1 - following, prediction.x0, down, noise)
+    return {"x": tools.add_noise(x, s_noise * up)}
 
 
 def fresh_share(sigma: float, following: float, eta: float) -> float:

@@ -3,62 +3,57 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from ltxlite.sampling.contract import Sigmas, State, Tools, add, float32_values, intervals, mix
+from ltxlite.sampling.contract import Carry, Sigmas, State, Step, Tools, add, float32_values, mix
 
 # ComfyUI moves a first sigma of 1 to schedule position 1 - 1e-4 of its flow model with shift 2.37.
 FIRST_SIGMA = 1 / (1 + math.exp(-2.37) * (1 / (1 - 1e-4) - 1))
 _QUADRATURE_POINTS = 200
+ER_SDE_REMEMBERS = ("x0", "slope")
 
 
-def dpmpp_2m(x: State, sigmas: Sigmas, tools: Tools) -> State:
-    """Integrate in log sigma with a prediction extrapolated from the step before.
+def dpmpp_2m(carry: Carry, step: Step, tools: Tools) -> Carry:
+    """Go on in log sigma with a prediction extrapolated from the step before.
 
-    First and last step are of first order.  One evaluation a step.
+    First and last step are of first order.  One evaluation.  Carries x and the prediction x0.
     Source: k-diffusion sample_dpmpp_2m (arXiv 2211.01095), which ComfyUI uses unchanged for flows.
     """
-    before: State | None = None
-    last_length = 0.0
-    for step, sigma, following in intervals(sigmas):
-        x0 = tools.denoise(x, sigma).x0
-        if following == 0:
-            x = x0
-        else:
-            length = math.log(sigma / following)
-            target = x0
-            if before is not None:
-                lean = length / (2 * last_length)
-                target = mix(1 + lean, x0, -lean, before)
-            x = mix(following / sigma, x, -math.expm1(-length), target)
-            before, last_length = x0, length
-        tools.report(step, x)
-    return x
+    x, sigma, following = carry["x"], step.sigma, step.following
+    x0 = target = tools.denoise(x, sigma).x0
+    if following == 0:
+        return {"x": x0}
+    length = math.log(sigma / following)
+    if step.index:
+        last_length = math.log(step.sigmas[step.index - 1] / sigma)
+        lean = length / (2 * last_length)
+        target = mix(1 + lean, x0, -lean, carry["x0"])
+    return {"x": mix(following / sigma, x, -math.expm1(-length), target), "x0": x0}
 
 
 def er_sde(
-    x: State, sigmas: Sigmas, tools: Tools, s_noise: float = 1.0, max_stage: int = 3
-) -> State:
-    """Integrate the extended reverse-time SDE with up to third-order Taylor terms of x0.
+    carry: Carry, step: Step, tools: Tools, s_noise: float = 1.0, max_stage: int = 3
+) -> Carry:
+    """Follow the extended reverse-time SDE with up to third-order Taylor terms of x0.
 
-    Works in lambda = sigma / (1 - sigma); a first sigma of 1 is moved to `FIRST_SIGMA`.
+    Works in lambda = sigma / (1 - sigma), on sigmas from `er_sde_sigmas`.  Carries x, the
+    prediction x0 and its slope.
     s_noise: 0 gives the deterministic part.  max_stage: 1..3, the highest order used.
     Source: arXiv 2309.06169 and ComfyUI sample_er_sde (noise scaler l (e^(l^0.3) + 10)).
     """
+    x0 = tools.denoise(carry["x"], step.sigma).x0
+    if step.following == 0:
+        return {"x": x0}
+    leg = _Leg(_noise_to_signal(step.sigma), _noise_to_signal(step.following))
+    terms = _differences(carry, step, x0)
+    x = _taylor_step(carry["x"], terms[: int(max_stage)], leg)
+    x = tools.add_noise(x, s_noise * leg.signal * leg.noise)
+    return {"x": x, **dict(zip(ER_SDE_REMEMBERS, terms, strict=False))}
+
+
+def er_sde_sigmas(sigmas: Sigmas) -> list[float]:
+    """Return a schedule in fp32 values, its first sigma moved off 1, where lambda is infinite."""
     values = float32_values(sigmas)
-    if values[:1] == [1.0]:
-        values[0] = FIRST_SIGMA
-    past = _Past()
-    for step, (sigma, following) in enumerate(pairwise(values)):
-        x0 = tools.denoise(x, sigma).x0
-        if following == 0:
-            x = x0
-        else:
-            leg = _Leg(_noise_to_signal(sigma), _noise_to_signal(following))
-            x = _taylor_step(x, past.add(leg.start, x0, int(max_stage)), leg)
-            x = tools.add_noise(x, s_noise * leg.signal * leg.noise)
-        tools.report(step, x)
-    return x
+    return [FIRST_SIGMA, *values[1:]] if values[:1] == [1.0] else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +88,15 @@ class _Leg:
         )
 
 
-class _Past:
-    """Divided differences of the predictions so far: x0, then its first and second derivative."""
-
-    def __init__(self) -> None:
-        self._points: list[float] = []
-        self._terms: list[State] = []
-
-    def add(self, point: float, x0: State, orders: int) -> Sequence[State]:
-        terms = [x0]
-        self._points = [point, *self._points[:2]]
-        for order, earlier in enumerate(self._terms[: orders - 1], start=1):
-            # The second derivative spans two steps, and divides by half of them.
-            scale = order / (point - self._points[order])
-            terms.append(mix(scale, terms[-1], -scale, earlier))
-        self._terms = terms[:2]
-        return terms
+def _differences(carry: Carry, step: Step, x0: State) -> list[State]:
+    """Return x0, then its derivatives by lambda as far as the steps before tell them."""
+    terms = [x0]
+    for order, name in enumerate(ER_SDE_REMEMBERS[: step.index], start=1):
+        earlier = _noise_to_signal(step.sigmas[step.index - order])
+        # The second derivative spans two steps, and divides by half of them.
+        scale = order / (_noise_to_signal(step.sigma) - earlier)
+        terms.append(mix(scale, terms[-1], -scale, carry[name]))
+    return terms
 
 
 def _taylor_step(x: State, terms: Sequence[State], leg: _Leg) -> State:

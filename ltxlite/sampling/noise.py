@@ -55,6 +55,7 @@ class SdeNoise:
 
     shapes: (B, T, C) of each stream.  seeds: the seed of each kind, see `sde_seed`.
     standardised: draw in fp64 and `standardise`, as res_2s wants; otherwise plain fp32.
+    drawn: how often each kind was drawn in an earlier run that is continued; counted on here.
     """
 
     def __init__(
@@ -64,20 +65,29 @@ class SdeNoise:
         *,
         standardised: bool = False,
         device: torch.device | str = "cpu",
+        drawn: Mapping[NoiseKind, int] = MappingProxyType({}),
     ) -> None:
         self._shapes = tuple(tuple(shape) for shape in shapes)
         self._generators = {kind: _generator(seed) for kind, seed in seeds.items()}
         self._standardised = standardised
         self._device = device
+        self.drawn = {kind: drawn.get(kind, 0) for kind in seeds}
+        for kind, count in self.drawn.items():
+            for _ in range(count):
+                self._draw(kind)
 
     def __call__(self, kind: NoiseKind) -> State:
         """Return the next noise of a kind, a tensor for each stream."""
-        return tuple(self._draw(shape, kind).to(self._device) for shape in self._shapes)
+        self.drawn[kind] += 1
+        noises = self._draw(kind)
+        if self._standardised:
+            noises = tuple(standardise(noise) for noise in noises)
+        return tuple(noise.to(self._device) for noise in noises)
 
-    def _draw(self, shape: tuple[int, ...], kind: NoiseKind) -> Tensor:
+    def _draw(self, kind: NoiseKind) -> State:
         dtype = torch.float64 if self._standardised else torch.float32
-        noise = _draw(shape, self._generators[kind], dtype)
-        return standardise(noise) if self._standardised else noise
+        generator = self._generators[kind]
+        return tuple(_draw(shape, generator, dtype) for shape in self._shapes)
 
 
 def standardise(noise: Tensor) -> Tensor:

@@ -5,12 +5,21 @@ Source: LTX-2 400fd31 ltx_pipelines res2s_audio_video_denoising_loop (its legacy
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
 from ltxlite.errors import RequestError
-from ltxlite.sampling.contract import NoiseKind, Sigmas, State, Tools, add, float32_values, mix
+from ltxlite.sampling.contract import (
+    Carry,
+    NoiseKind,
+    Sigmas,
+    State,
+    Step,
+    Tools,
+    add,
+    float32_values,
+    mix,
+)
 
 LAST_SIGMA = 0.0011  # the schedule's final 0 becomes this; the evaluation there is the result
 SUBSTEP_ETA = 0.5  # fixed in the reference, whatever the eta of the step
@@ -19,31 +28,45 @@ _BONG_LONGEST = 0.5  # the anchor is refined where log(sigma / sigma') is below 
 _BONG_LOWEST = 0.03  # and sigma above this
 
 
-def res_2s(x: State, sigmas: Sigmas, tools: Tools, eta: float = 0.5, *, bong: bool = True) -> State:
-    """Take two evaluations a step and one at the end: 2n + 1 for n steps.
+def res_2s(carry: Carry, step: Step, tools: Tools, eta: float = 0.5, *, bong: bool = True) -> Carry:
+    """Take a step with two evaluations, on sigmas from `res_2s_sigmas`; `res_2s_end` comes last.
 
-    x: (B, T, C) a stream; state and noise are fp64, the denoiser is given fp32.
-    sigmas: falling, ending in 0.  eta: share of fresh noise in a step (0: none is drawn); substeps
-    always use 0.5.  bong: refine the anchor after a substep's noise.
+    Carries x, (B, T, C) fp64 a stream; it may begin in fp32, and the denoiser is given fp32.
+    eta: share of fresh noise in a step (0: none is drawn); substeps always use 0.5.
+    bong: refine the anchor after a substep's noise.
     Tools.noise must give standardised noise (see `ltxlite.sampling.noise`).
-    Returns fp32.  Raises RequestError if the schedule does not end in 0 from above 0.0011.
     """
-    values = _with_last_sigma(sigmas)
-    x = _cast(x, torch.float64)
-    for index, (sigma, following) in enumerate(pairwise(values)):
-        step = _Step(sigma, following)
-        first = _denoise(tools, x, sigma)
-        anchor, middle = _substep(x, first, step, tools, bong)
-        second = _denoise(tools, middle, step.middle)
-        ahead = add(anchor, step.length * step.b1, add(first, -1, anchor))
-        ahead = add(ahead, step.length * step.b2, add(second, -1, anchor))
-        x = _inject((anchor, ahead), (sigma, following), eta, "step", tools)
-        tools.report(index, _cast(x, torch.float32))
-    return tools.denoise(_cast(x, torch.float32), values[-1]).x0
+    span = _Span(step.sigma, step.following)
+    x = _cast(carry["x"], torch.float64)
+    first = _denoise(tools, x, span.sigma)
+    anchor, middle = _substep(x, first, span, tools, bong)
+    second = _denoise(tools, middle, span.middle)
+    ahead = add(anchor, span.length * span.b1, add(first, -1, anchor))
+    ahead = add(ahead, span.length * span.b2, add(second, -1, anchor))
+    return {"x": _inject((anchor, ahead), (span.sigma, span.following), eta, "step", tools)}
+
+
+def res_2s_sigmas(sigmas: Sigmas) -> list[float]:
+    """Return a schedule in fp32 values, its final 0 replaced by `LAST_SIGMA`.
+
+    Raises RequestError if it does not end in 0 from above that.
+    """
+    values = float32_values(sigmas)
+    if len(values) < 2 or values[-1] != 0 or values[-2] <= LAST_SIGMA:
+        raise RequestError(
+            f"res_2s got a schedule ending in {values[-2:]}, wanted one that ends in 0 "
+            f"from a sigma above {LAST_SIGMA}"
+        )
+    return [*values[:-1], *float32_values([LAST_SIGMA])]
+
+
+def res_2s_end(x: State, sigma: float, tools: Tools) -> State:
+    """Return the prediction at the last sigma; fp32."""
+    return tools.denoise(_cast(x, torch.float32), sigma).x0
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _Span:
     """The coefficients of one step from sigma to the following one, with its middle at 1/2."""
 
     sigma: float
@@ -74,12 +97,12 @@ class _Step:
         return self.length < _BONG_LONGEST and self.sigma > _BONG_LOWEST
 
 
-def _substep(x: State, x0: State, step: _Step, tools: Tools, bong: bool) -> tuple[State, State]:
+def _substep(x: State, x0: State, span: _Span, tools: Tools, bong: bool) -> tuple[State, State]:
     """Return the anchor of the step and the noisy state at its middle."""
-    reach = step.length * step.a21
+    reach = span.length * span.a21
     middle = mix(1 - reach, x, reach, x0)
-    middle = _inject((x, middle), (step.sigma, step.middle), SUBSTEP_ETA, "sub", tools)
-    if not (bong and step.refines):
+    middle = _inject((x, middle), (span.sigma, span.middle), SUBSTEP_ETA, "sub", tools)
+    if not (bong and span.refines):
         return x, middle
     # The reference iterates anchor = middle - reach (x0 - anchor) 100 times. That is linear with
     # factor reach < 0.25 here, so it ends, to the last bit of fp64, in its fixed point.
@@ -104,16 +127,6 @@ def _inject(
     clean = add(start, -sigma, slope)
     fresh = _cast(tools.noise(kind), torch.float64)
     return tools.blend(add(mix(signal, clean, rest, slope), up, fresh))
-
-
-def _with_last_sigma(sigmas: Sigmas) -> list[float]:
-    values = float32_values(sigmas)
-    if len(values) < 2 or values[-1] != 0 or values[-2] <= LAST_SIGMA:
-        raise RequestError(
-            f"res_2s got a schedule ending in {values[-2:]}, wanted one that ends in 0 "
-            f"from a sigma above {LAST_SIGMA}"
-        )
-    return [*values[:-1], *float32_values([LAST_SIGMA])]
 
 
 def _denoise(tools: Tools, x: State, sigma: float) -> State:

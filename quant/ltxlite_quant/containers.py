@@ -32,6 +32,10 @@ class Container(Protocol):
     def tensors(self) -> Mapping[str, TensorEntry]:
         """Return the entries by name."""
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Return address and size of the file's map."""
+
     def load(self, name: str) -> Tensor | QuantTensor:
         """Return one tensor, mapped and not writable."""
 

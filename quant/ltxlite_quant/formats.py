@@ -5,11 +5,15 @@ also write it an encoder in `encode.ENCODERS`; nothing else in the program names
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+
+_MOST_DIMENSIONS = 16  # convolutions over time have 5
+_QUOTED = 160  # characters of a name that a message repeats; LTX-2 has names of 100
 
 
 class FormatError(ValueError):
@@ -98,12 +102,27 @@ GGML_RETIRED: Mapping[int, str] = MappingProxyType(
 )
 
 
+def is_shape(values: object) -> bool:
+    """Tell whether what a file gives as a shape is one: a short list of sizes below 2**48.
+
+    The bounds keep products of sizes in 64 bits or, of a hostile list, at least short.
+    """
+    if not isinstance(values, list) or len(values) > _MOST_DIMENSIONS:
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 48 for size in values)
+
+
+def shown(value: object) -> str:
+    """Return a value read from a file as an error message may quote it: cut where it is long."""
+    return repr(value[:_QUOTED]) if isinstance(value, str) else reprlib.repr(value)
+
+
 def plain_format(name: str, where: str) -> BlockFormat:
     """Return the plain format that safetensors calls `name`; `where` opens the error message."""
     found = FORMATS.get(name)
     if found is None or found.is_quantized:
         plain = ", ".join(row.name for row in _ROWS if not row.is_quantized)
-        raise FormatError(f"{where}: unknown dtype {name!r}; ltxlite reads {plain}")
+        raise FormatError(f"{where}: unknown dtype {shown(name)}; ltxlite reads {plain}")
     return found
 
 

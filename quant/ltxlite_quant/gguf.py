@@ -8,6 +8,7 @@ Source of the layout: ggml docs/gguf.md (version 3).
 import math
 import os
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,16 @@ from ltxlite_quant.formats import (
     byte_count,
     byte_shape,
     format_of_ggml_type,
+    is_shape,
+    shown,
 )
-from ltxlite_quant.mapped import MappedContainer, MappedFile, TensorEntry, check_layout
+from ltxlite_quant.mapped import (
+    MappedContainer,
+    MappedFile,
+    TensorEntry,
+    check_layout,
+    utf8,
+)
 from ltxlite_quant.tensor import QuantTensor
 
 if TYPE_CHECKING:
@@ -38,6 +47,14 @@ _STRING, _ARRAY = 8, 9
 # GGUF value type -> how numpy spells it; strings and arrays are read apart.
 _INTEGERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 10: "<u8", 11: "<i8"}
 _NUMBERS = _INTEGERS | {6: "<f4", 7: "?", 12: "<f8"}
+# Memory that a header may take beyond the size of its file, which it never does in a real one: the
+# vocabulary of Gemma takes 38 MB, the smallest file that has it 4.8 GB.
+HEADER_ALLOWANCE = 1 << 17
+# Memory that values take once read: a tensor in all our tables, a key in its dictionary, a number
+# in a list (Python keeps the 256 smallest ones, of which only the slot counts).
+_TENSOR_MEMORY, _KEY_MEMORY, _NUMBER_MEMORY, _SMALL_NUMBER_MEMORY = 1024, 256, 40, 8
+_SMALL_NUMBERS = (0, 7)
+_LONG_TEXT = 1 << 16
 # Keys that the format defines as u32; other integers are i32, the only width ComfyUI reads back.
 _UNSIGNED_KEYS = ("general.quantization_version", "general.file_type")
 # Keys that the writer sets itself.
@@ -77,11 +94,13 @@ class GgufFile(MappedContainer):
         _check_version(cursor)
         tensor_count = cursor.count("tensors", smallest=24)
         key_count = cursor.count("metadata keys", smallest=13)
+        cursor.spend(_KEY_MEMORY * key_count, f"{key_count} metadata keys")
         for _ in range(key_count):
             key = cursor.string("a metadata key")
             if key in self.metadata:
-                raise cursor.error(f"metadata key {key!r:.80} stands twice")
+                raise cursor.error(f"metadata key {shown(key)} stands twice")
             self.metadata[key] = cursor.value(cursor.u32(), key)
+        cursor.spend(_TENSOR_MEMORY * tensor_count, f"{tensor_count} tensors")
         infos = [self._tensor_info(cursor) for _ in range(tensor_count)]
         self._place(infos, cursor)
 
@@ -89,39 +108,42 @@ class GgufFile(MappedContainer):
         name = cursor.string("a tensor name")
         dimensions = cursor.u32()
         if dimensions > MAX_DIMENSIONS:
-            raise cursor.error(f"{name!r:.80} has {dimensions} dimensions, wanted {MAX_DIMENSIONS}")
-        sizes = tuple(cursor.u64() for _ in range(dimensions))
-        if any(size >= MAX_SIZE for size in sizes):
-            raise cursor.error(f"{name!r:.80} has the impossible dimensions {sizes}")
-        block_format = format_of_ggml_type(cursor.u32(), f"{self.path}: {name!r:.80}")
+            raise cursor.error(
+                f"{shown(name)} has {dimensions} dimensions, wanted {MAX_DIMENSIONS}"
+            )
+        sizes = [cursor.u64() for _ in range(dimensions)]
+        if not is_shape(sizes):
+            raise cursor.error(f"{shown(name)} has the impossible dimensions {sizes}")
+        where = f"{self.path}: {shown(name)}"
+        block_format = format_of_ggml_type(cursor.u32(), where)
         offset = cursor.u64()
-        shape = self._original_shape(name, sizes[::-1])
-        nbytes = byte_count(shape, block_format, f"{self.path}: {name!r:.80}")
+        shape = self._original_shape(name, tuple(reversed(sizes)))
+        nbytes = byte_count(shape, block_format, where)
         return TensorEntry(name, shape, block_format, offset, nbytes)
 
     def _original_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         # ComfyUI-GGUF's converter keeps here what GGUF cannot express ([1, 4096], 5 dimensions).
-        key = f"comfy.gguf.orig_shape.{name}"
-        wanted = self.metadata.get(key)
+        wanted = self.metadata.get(f"comfy.gguf.orig_shape.{name}")
         if wanted is None:
             return shape
-        if not isinstance(wanted, list) or not all(type(n) is int and n >= 0 for n in wanted):
-            raise FormatError(f"{self.path}: {key} must be a list of sizes, got {wanted!r:.80}")
+        where = f"{self.path}: comfy.gguf.orig_shape of {shown(name)}"
+        if not is_shape(wanted):
+            raise FormatError(f"{where} must be a list of sizes, got {shown(wanted)}")
         if math.prod(wanted) != math.prod(shape):
-            raise FormatError(f"{self.path}: {key} is {wanted}, which does not hold {shape}")
+            raise FormatError(f"{where} is {wanted}, which does not hold {shape}")
         return tuple(wanted)
 
     def _place(self, infos: list[TensorEntry], cursor: "_Cursor") -> None:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise cursor.error(f"general.alignment is {alignment!r}, wanted a power of two")
+            raise cursor.error(f"general.alignment is {shown(alignment)}, wanted a power of two")
         start = -(-cursor.position // alignment) * alignment
         for info in infos:
             if info.name in self.tensors:
-                raise cursor.error(f"tensor {info.name!r:.80} stands twice")
+                raise cursor.error(f"tensor {shown(info.name)} stands twice")
             if info.offset % alignment:
                 raise cursor.error(
-                    f"{info.name!r:.80} has offset {info.offset}, wanted a multiple of {alignment}"
+                    f"{shown(info.name)} has offset {info.offset}, wanted a multiple of {alignment}"
                 )
             self.tensors[info.name] = TensorEntry(
                 info.name, info.shape, info.format, start + info.offset, info.nbytes
@@ -130,28 +152,42 @@ class GgufFile(MappedContainer):
 
 
 class _Cursor:
-    """Reads a header front to back; every length is compared with what is left of the file."""
+    """Reads a header front to back; no length is believed before the file and memory allow it."""
 
     def __init__(self, file: MappedFile) -> None:
         self.position = 0
         self._data = file.map
         self._size = file.size
         self._path = file.path
+        self._left = file.size + HEADER_ALLOWANCE
 
     def error(self, problem: str) -> FormatError:
         return FormatError(f"{self._path}: {problem}; the file is damaged, download it again")
 
-    def take(self, nbytes: int, what: str) -> bytes:
-        """Return the next bytes."""
-        end = self.position + nbytes
+    def spend(self, nbytes: int, what: str) -> None:
+        """Count memory that Python objects are going to take."""
+        self._refuse_beyond(nbytes, self._left, what)
+        self._left -= nbytes
+
+    def _refuse_beyond(self, nbytes: int, left: int, what: str) -> None:
+        if nbytes > left:
+            raise self.error(f"{what:.80} take more memory than a file of {self._size} bytes may")
+
+    def skip(self, nbytes: int, what: str) -> int:
+        """Go on behind the next bytes; return where they begin."""
+        begin, end = self.position, self.position + nbytes
         if end > self._size:
             raise FormatError(
                 f"{self._path}: the file is cut short inside its header, got {self._size} bytes, "
-                f"wanted {end} to read {what}; download it again"
+                f"wanted {end} to read {what:.80}; download it again"
             )
-        data = self._data[self.position : end]
         self.position = end
-        return data
+        return begin
+
+    def take(self, nbytes: int, what: str) -> bytes:
+        """Return the next bytes."""
+        begin = self.skip(nbytes, what)
+        return self._data[begin : begin + nbytes]
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4, "a number"), "little")
@@ -172,17 +208,30 @@ class _Cursor:
     def strings(self, count: int, what: str) -> list[str]:
         """Read strings; a loop over locals, since a vocabulary has 262 thousand of them."""
         data, size, position = memoryview(self._data), self._size, self.position
-        length_at = struct.Struct("<Q").unpack_from
+        length_at, size_of = struct.Struct("<Q").unpack_from, sys.getsizeof
+        self.spend(8 * count, f"{count} strings")
         texts = [""] * count  # one that grows would need twice the memory at times
+        taken, most, problem = 0, self._left, ""
         try:
             for index in range(count):
                 begin = position + 8
                 position = begin + length_at(data, position)[0]
                 if position > size:
                     raise self.error(f"a string of {what:.80} ends at byte {position} of {size}")
-                texts[index] = str(data[begin:position], "utf-8")
+                if position - begin > _LONG_TEXT:
+                    # One character in a million makes all of them four bytes wide.
+                    self._refuse_beyond(4 * (position - begin), most - taken, what)
+                    texts[index] = text = utf8(data[begin:position])
+                else:
+                    texts[index] = text = str(data[begin:position], "utf-8")
+                taken += size_of(text)
+                if taken > most:
+                    break
         except (struct.error, UnicodeDecodeError) as error:
-            raise self.error(f"the text of {what:.80} cannot be read ({error})") from None
+            problem = str(error)
+        if problem:  # raised here: inside the handler it would keep what the decoder was given
+            raise self.error(f"the text of {what:.80} cannot be read ({problem})")
+        self.spend(taken, f"{count} strings of {what}")
         self.position = position
         return texts
 
@@ -193,17 +242,20 @@ class _Cursor:
         if kind in _NUMBERS:
             return self._numbers(kind, 1, key)[0]
         if kind != _ARRAY:
-            raise self.error(f"metadata {key!r:.80} has the unknown value type {kind}")
+            raise self.error(f"metadata {shown(key)} has the unknown value type {kind}")
         element = self.u32()
         if element == _STRING:
-            return self.strings(self.count(f"elements of {key!r:.80}", smallest=8), key)
+            return self.strings(self.count(f"elements of {shown(key)}", smallest=8), key)
         if element in _NUMBERS:
-            return self._numbers(element, self.count(f"elements of {key!r:.80}", smallest=1), key)
-        raise self.error(f"metadata {key!r:.80} is an array of value type {element}")
+            return self._numbers(element, self.count(f"elements of {shown(key)}", smallest=1), key)
+        raise self.error(f"metadata {shown(key)} is an array of value type {element}")
 
     def _numbers(self, kind: int, count: int, key: str) -> list[Any]:
         dtype = np.dtype(_NUMBERS[kind])
-        numbers: list[Any] = np.frombuffer(self.take(count * dtype.itemsize, key), dtype).tolist()
+        begin = self.skip(count * dtype.itemsize, key)
+        each = _SMALL_NUMBER_MEMORY if kind in _SMALL_NUMBERS else _NUMBER_MEMORY
+        self.spend(each * count, f"{count} numbers of {key}")
+        numbers: list[Any] = np.frombuffer(self._data, dtype, count, begin).tolist()
         return numbers
 
 
@@ -279,6 +331,10 @@ def _add_tensor(writer: "gguf.GGUFWriter", name: str, tensor: Tensor | QuantTens
     from gguf import GGMLQuantizationType
 
     block_format = tensor.format if isinstance(tensor, QuantTensor) else _plain_format(name, tensor)
+    if block_format.ggml_type is None:
+        raise FormatError(
+            f"{name}: GGUF has no type for {block_format.name}; decode it, or quantize it to Q8_0"
+        )
     if not 1 <= len(tensor.shape) <= MAX_DIMENSIONS:
         raise FormatError(
             f"{name}: GGUF holds 1 to {MAX_DIMENSIONS} dimensions, got shape {tuple(tensor.shape)}"
@@ -286,7 +342,7 @@ def _add_tensor(writer: "gguf.GGUFWriter", name: str, tensor: Tensor | QuantTens
     raw = tensor.blocks if isinstance(tensor, QuantTensor) else tensor.detach()
     raw = raw.contiguous().cpu().view(torch.uint8)
     stored = raw.view(byte_shape(tensor.shape, block_format, name)).numpy()
-    writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType[block_format.name])
+    writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType(block_format.ggml_type))
 
 
 def _plain_format(name: str, tensor: Tensor) -> BlockFormat:

@@ -1,5 +1,6 @@
 """A model file mapped read-only into memory, and the record of where a tensor lies in it."""
 
+import codecs
 import mmap
 import warnings
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ltxlite_quant.formats import BlockFormat, FormatError
+from ltxlite_quant.formats import BlockFormat, FormatError, shown
 
+_LONG_TEXT = 1 << 16
 # What people really have under a model's name: (first bytes, lower case; what it is; what to do).
 _IMPOSTORS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the model", "run `git lfs pull`"),
@@ -42,19 +44,27 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = path.stat().st_size
-        if self.size == 0:
-            raise FormatError(f"{path}: the file is empty; download it again")
         with path.open("rb") as file:
-            _refuse_impostors(path, file.read(64))
+            head = file.read(64)
+            if not head:
+                raise FormatError(f"{path}: the file is empty; download it again")
+            _refuse_impostors(path, head)
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.size = len(self.map)
         self._storage = _storage_of(self.map)
 
     def tensor(self, entry: TensorEntry) -> Tensor:
         """Return the bytes of `entry` as (nbytes,) uint8 or, for a plain format, its values.
 
-        Zero-copy, so writing to it ends the process; a misaligned tensor is copied.
+        Zero-copy, so writing to it ends the process; a misaligned tensor is copied.  Raises
+        FormatError if the file became shorter since it was opened: reading what is not there any
+        more would end the process too.
         """
+        if self.map.size() < entry.offset + entry.nbytes:
+            raise FormatError(
+                f"{self.path}: became shorter while it was open, got {self.map.size()} bytes, "
+                f"wanted {entry.offset + entry.nbytes}; is another program still writing it?"
+            )
         dtype = entry.format.dtype or torch.uint8
         if entry.nbytes == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
@@ -62,6 +72,11 @@ class MappedFile:
         if entry.offset % dtype.itemsize:
             storage = storage.clone()
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Address and size of the map: a tensor between them has the file's bytes."""
+        return self._storage.data_ptr(), self.size
 
     def close(self) -> None:
         """Let go of the file; it stays mapped as long as a loaded tensor needs it."""
@@ -75,6 +90,11 @@ class MappedContainer:
         self.path = Path(path)
         self.tensors: dict[str, TensorEntry] = {}
         self._file: MappedFile | None = MappedFile(self.path)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Address and size of the file's map. Raises FormatError if it was closed."""
+        return self._open_file().span
 
     def close(self) -> None:
         """Let go of the file; tensors loaded from it stay valid."""
@@ -101,9 +121,18 @@ class MappedContainer:
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
             raise FormatError(
-                f"{self.path}: has no tensor {name!r} (it has {len(self.tensors)} tensors)"
+                f"{self.path}: has no tensor {shown(name)} (it has {len(self.tensors)} tensors)"
             )
         return self.tensors[name]
+
+
+def utf8(data: memoryview) -> str:
+    """Return bytes as text; raises UnicodeDecodeError, which holds little however long they are."""
+    if len(data) > _LONG_TEXT:  # its error would hold all that the decoder was given
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(data), _LONG_TEXT):
+            decoder.decode(data[start : start + _LONG_TEXT], start + _LONG_TEXT >= len(data))
+    return str(data, "utf-8")
 
 
 def check_layout(where: str, entries: list[TensorEntry], file_size: int) -> int:
@@ -112,14 +141,14 @@ def check_layout(where: str, entries: list[TensorEntry], file_size: int) -> int:
     for entry in sorted(entries, key=lambda item: (item.offset, item.nbytes)):
         if entry.offset < end:
             raise FormatError(
-                f"{where}: {entry.name!r} starts at byte {entry.offset}, inside {previous!r} which "
-                f"ends at {end}; the file is damaged, download it again"
+                f"{where}: {shown(entry.name)} starts at byte {entry.offset}, inside "
+                f"{shown(previous)} which ends at {end}; the file is damaged, download it again"
             )
         end, previous = entry.offset + entry.nbytes, entry.name
     if end > file_size:
         raise FormatError(
             f"{where}: the file is cut short, got {file_size} bytes, wanted {end} "
-            f"({previous!r} is incomplete); download it again"
+            f"({shown(previous)} is incomplete); download it again"
         )
     return end
 

@@ -2,7 +2,8 @@
 
 The search minimises the squared error, weighted by the importance of each input channel where one
 is given.  numba makes it several times as fast (extra `convert`); without it plain torch searches
-the same way, which it also does on other devices than the CPU.
+the same way, which it also does on other devices than the CPU.  Special blocks (constants, single
+outliers, almost nothing) are searched again, always in torch, and lose no more than in llama.cpp.
 """
 
 import importlib
@@ -20,19 +21,20 @@ from ltxlite_quant import encode, search_torch
 from ltxlite_quant.decode import DECODERS
 from ltxlite_quant.encode_k import AFFINE_PACKERS, SCALED_PACKERS
 from ltxlite_quant.formats import BlockFormat, FormatError, byte_shape
-from ltxlite_quant.search_plan import PLANS, AffinePlan, Effort, ScaledPlan
+from ltxlite_quant.search_constant import constant_affine, constant_scaled
+from ltxlite_quant.search_plan import PLANS, AffinePlan, AffineScales, Effort, ScaledPlan, Scales
+from ltxlite_quant.search_reference import reference_affine, reference_scaled
 from ltxlite_quant.tensor import QuantTensor
 
 # Elements searched at a time.  CPU: temporaries stay in the second-level cache.  GPU: 16 MiB of
 # fp32, enough to fill any card, and some twenty temporaries of the size.
 CPU_CHUNK_ELEMENTS = 1 << 16
 DEVICE_CHUNK_ELEMENTS = 1 << 22
+# In torch, a thread's chunk is just below what torch would share among threads of its own: those of
+# several chunks would wait for each other.
+TORCH_CHUNK_ELEMENTS = 127 << 8
 # A channel of no importance still counts this share of the mean, so that its codes are near.
 LEAST_IMPORTANCE = 1e-6
-# Blocks searched again, with patience: error below this share of the block (0.8 % in amplitude), or
-# so small that d is a subnormal number of few steps of 2^-24.
-NEARLY_EXACT = 2.0**-14
-FEW = 2.0**-21
 
 
 class Target(NamedTuple):
@@ -42,11 +44,41 @@ class Target(NamedTuple):
     plan: AffinePlan | ScaledPlan
 
     @property
-    def largest_value(self) -> float:
-        """What d, the largest scale and the largest code hold."""
+    def largest_level(self) -> float:
+        """What the largest scale and the largest code multiply d with."""
         plan = self.plan
         code = plan.highest_code if isinstance(plan, AffinePlan) else plan.levels[-1]
-        return search_torch.FP16_MAX * plan.highest_scale * code
+        return plan.highest_scale * code
+
+
+class Weights(NamedTuple):
+    """Importance of the blocks of a row: (blocks, block size) fp32, or one row of ones for all.
+
+    given: as it was given, but for a power of two; None without.  counted: what a search minimises.
+    """
+
+    given: Tensor | None
+    counted: Tensor
+
+    def at(self, rows: Tensor) -> "Weights":
+        """Return the importance of these of all blocks, or the one row that serves any."""
+        if len(self.counted) == 1:
+            return self
+        rows = rows % len(self.counted)
+        return Weights(None if self.given is None else self.given[rows], self.counted[rows])
+
+
+class Job(NamedTuple):
+    """What to quantize: sources (n, block size) into blocks (n, block bytes).
+
+    special: (n,) bool, set for blocks to be searched again.
+    """
+
+    sources: Tensor
+    weights: Weights
+    target: Target
+    blocks: Tensor
+    special: Tensor
 
 
 def quantize(
@@ -70,70 +102,122 @@ def quantize(
     if effort not in get_args(Effort):
         raise FormatError(f"effort is one of {', '.join(get_args(Effort))}, got {effort!r}")
     row_bytes = byte_shape(values.shape, block_format)[-1]
-    sources = values.detach().reshape(-1, block_format.block_size)
-    weights = _weights(importance, values, block_format.block_size)
-    blocks = sources.new_empty(len(sources), block_format.block_bytes, dtype=torch.uint8)
-    job = partial(_chunk, sources, weights, Target(block_format.name, plans[effort]), blocks)
-    _run(job, len(sources), block_format.block_size, values.device.type)
-    return QuantTensor(blocks.view(-1, row_bytes), block_format, tuple(values.shape))
-
-
-def _run(job: Callable[[int, int], None], count: int, size: int, device: str) -> None:
+    size = block_format.block_size
+    sources = values.detach().reshape(-1, size)
+    job = Job(
+        sources,
+        _weights(importance, values, size),
+        Target(block_format.name, plans[effort]),
+        sources.new_empty(len(sources), block_format.block_bytes, dtype=torch.uint8),
+        sources.new_empty(len(sources), dtype=torch.bool),
+    )
+    on_cpu = values.device.type == "cpu"
+    chunk = CPU_CHUNK_ELEMENTS if on_cpu else DEVICE_CHUNK_ELEMENTS
     # Compiled chunks run in threads, as many as torch may use; torch has threads of its own.
-    step = (CPU_CHUNK_ELEMENTS if device == "cpu" else DEVICE_CHUNK_ELEMENTS) // size
+    threads = torch.get_num_threads() if on_cpu and _compiled() else 1
+    _run(partial(_search_chunk, job), len(sources), chunk // size, threads)
+    rows = job.special.nonzero().flatten()
+    chunk, threads = (TORCH_CHUNK_ELEMENTS, torch.get_num_threads()) if on_cpu else (chunk, 1)
+    _run(partial(_search_again, job, rows), len(rows), chunk // size, threads)
+    return QuantTensor(job.blocks.view(-1, row_bytes), block_format, tuple(values.shape))
+
+
+def _run(task: Callable[[int, int], None], count: int, step: int, threads: int) -> None:
     starts = range(0, count, step)
     stops = [min(start + step, count) for start in starts]
-    threads = torch.get_num_threads() if device == "cpu" and _compiled() else 1
-    if threads == 1 or len(starts) == 1:
-        list(map(job, starts, stops))
+    if threads == 1 or len(starts) <= 1:
+        list(map(task, starts, stops))
         return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(job, starts, stops))
+        list(pool.map(task, starts, stops))
 
 
 @torch.inference_mode()  # a thread does not inherit it from the caller, whose tensors may need it
-def _chunk(
-    sources: Tensor, weights: Tensor, target: Target, blocks: Tensor, start: int, stop: int
-) -> None:
-    x = sources[start:stop].float().contiguous()
-    limit = target.largest_value
-    largest = x.abs().amax(dim=1)  # (n,)
+def _search_chunk(job: Job, start: int, stop: int) -> None:
+    x, target = job.sources[start:stop].float().contiguous(), job.target
+    limit = search_torch.FP16_MAX * target.largest_level
+    largest = torch.maximum(x.amax(1), -x.amin(1))  # (n,); faster than aminmax
     if not largest.amax() <= limit:
         raise FormatError(
             f"{target.name} holds finite values up to {limit:.3g}; got a NaN, an infinity or more"
         )
-    if len(weights) > 1:
-        weights = weights[torch.arange(start, stop, device=x.device) % len(weights)]
-    found = _search(x, weights, target.name, target.plan)
-    error, energy = _error(found, x, weights, target.name), (x * x * weights).sum(1)
-    special = (error < energy * NEARLY_EXACT) | (largest < limit / search_torch.FP16_MAX * FEW)
-    rows = (special & (error > 0)).nonzero().flatten()
+    weights = job.weights.at(torch.arange(start, stop, device=x.device)).counted
+    job.special[start:stop] = _backend(x).find_special(x, largest)
+    job.blocks[start:stop] = _search(x, weights, target, _backend(x))
+
+
+@torch.inference_mode()
+def _search_again(job: Job, rows: Tensor, start: int, stop: int) -> None:
+    rows, target = rows[start:stop], job.target
+    x = job.sources[rows].float()
+    constant = (x == x[:, :1]).all(1)
+    if constant.any():
+        job.blocks[rows[constant]] = _constant(x[constant], target)
+        rows, x = rows[~constant], x[~constant]
     if len(rows):
-        few, counted = x[rows], weights[rows] if len(weights) > 1 else weights
-        again = _search(few, counted, target.name, PLANS[target.name]["patient"])
-        less = _error(again, few, counted, target.name) < error[rows]
-        found[rows[less]] = again[less]
-    blocks[start:stop] = found
+        job.blocks[rows] = _best(x, job.weights.at(rows), target)
 
 
-def _search(x: Tensor, weights: Tensor, name: str, plan: AffinePlan | ScaledPlan) -> Tensor:
+def _best(x: Tensor, weights: Weights, target: Target) -> Tensor:
+    # Of llama.cpp's blocks and of searches in torch, which find the same without numba, the best.
+    best = _reference(x, weights.given, target)
+    least = _error(best, x, weights.given, target.name)
+    for plan in _plans_again(target):
+        blocks = _search(x, weights.counted, target._replace(plan=plan), search_torch)
+        error = _error(blocks, x, weights.given, target.name)
+        less = ~(error >= least)  # also if that is a NaN, of a d beyond fp16
+        best, least = torch.where(less[:, None], blocks, best), torch.where(less, error, least)
+    return best
+
+
+def _plans_again(target: Target) -> list[AffinePlan | ScaledPlan]:
+    # At default effort, the plan for special blocks comprises what was done already.
+    plans = PLANS[target.name]
+    again = [plans["special"]]
+    return again if target.plan is plans["default"] else [*again, target.plan]
+
+
+def _search(x: Tensor, weights: Tensor, target: Target, backend: Any) -> Tensor:
     # (n, block_size) -> (n, block_bytes)
-    backend: Any = (_compiled() if x.device.type == "cpu" else None) or search_torch
-    if isinstance(plan, AffinePlan):
-        affine = backend.search_affine(x, weights, plan)
-        return AFFINE_PACKERS[name](search_torch.affine_codes(x, affine, plan), affine)
-    scaled = backend.search_scaled(x, weights, plan)
-    return SCALED_PACKERS[name](search_torch.scaled_codes(x, scaled, plan), scaled)
+    if isinstance(target.plan, AffinePlan):
+        return _packed(x, backend.search_affine(x, weights, target.plan), target)
+    return _packed(x, backend.search_scaled(x, weights, target.plan), target)
 
 
-def _error(blocks: Tensor, x: Tensor, weights: Tensor, name: str) -> Tensor:
-    return DECODERS[name](blocks).sub_(x).square_().mul_(weights).sum(1)
+def _reference(x: Tensor, importance: Tensor | None, target: Target) -> Tensor:
+    # (n, block_size) -> (n, block_bytes), with llama.cpp's scales and the nearest codes
+    if isinstance(target.plan, AffinePlan):
+        return _packed(x, reference_affine(x, importance, target.name, target.plan), target)
+    return _packed(x, reference_scaled(x, importance, target.name, target.plan), target)
 
 
-def _weights(importance: Tensor | None, values: Tensor, size: int) -> Tensor:
-    # (blocks of a row, block size) of mean 1; one row of ones serves all blocks.
+def _constant(x: Tensor, target: Target) -> Tensor:
+    # (n, block_size), one value a block -> (n, block_bytes)
+    if isinstance(target.plan, AffinePlan):
+        return _packed(x, constant_affine(x[:, 0], target.plan), target)
+    return _packed(x, constant_scaled(x[:, 0], target.plan, x.shape[1]), target)
+
+
+def _packed(x: Tensor, found: AffineScales | Scales, target: Target) -> Tensor:
+    if isinstance(target.plan, AffinePlan):
+        assert isinstance(found, AffineScales)
+        codes = search_torch.affine_codes(x, found, target.plan)
+        return AFFINE_PACKERS[target.name](codes, found)
+    assert isinstance(found, Scales)
+    codes = search_torch.scaled_codes(x, found, target.plan)
+    return SCALED_PACKERS[target.name](codes, found)
+
+
+def _error(blocks: Tensor, x: Tensor, weights: Tensor | None, name: str) -> Tensor:
+    # (n,) fp64: what two candidates differ by may be less than fp32 resolves
+    squares = DECODERS[name](blocks).double().sub_(x).square_()
+    return (squares if weights is None else squares.mul_(weights)).sum(1)
+
+
+def _weights(importance: Tensor | None, values: Tensor, size: int) -> Weights:
+    # Of mean about 1, by a power of two: that changes nothing in how llama.cpp rounds.
     if importance is None:
-        return torch.ones(1, size, device=values.device)
+        return Weights(None, torch.ones(1, size, device=values.device))
     wanted = tuple(values.shape[-1:])
     given = importance.detach().to(values.device, torch.float64)
     if tuple(given.shape) != wanted:
@@ -141,8 +225,13 @@ def _weights(importance: Tensor | None, values: Tensor, size: int) -> Tensor:
     if not (given.isfinite() & (given >= 0)).all():
         raise FormatError("importance is finite and not negative; got a NaN, an infinity or less")
     mean = given.mean()
-    scaled = given / mean if mean > 0 else torch.ones_like(given)
-    return scaled.clamp(min=LEAST_IMPORTANCE).float().view(-1, size)
+    scaled = given / mean.log2().round().exp2() if mean > 0 else torch.ones_like(given)
+    scaled = scaled.float().view(-1, size)
+    return Weights(scaled, scaled.clamp(min=LEAST_IMPORTANCE))
+
+
+def _backend(x: Tensor) -> Any:
+    return (_compiled() if x.device.type == "cpu" else None) or search_torch
 
 
 @cache

@@ -1,47 +1,29 @@
 """The search for scales, compiled: the twin of `search_torch`, one block at a time.
 
-Imported when first needed, and of use only where numba is installed.  fp32 throughout, so that a
-group is one or two registers; a literal would make numba compute in fp64, hence named constants.
-It differs from its twin in the order of sums alone.
+Imported when first needed, and of use only where numba is installed.  It differs from its twin in
+the order of sums alone.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ltxlite_quant.compiled import HALF, ONE, ZERO, Floats, compiled
 from ltxlite_quant.decode_codebook import IQ4_VALUES
 from ltxlite_quant.search_plan import AffinePlan, AffineScales, ScaledPlan, Scales
 from ltxlite_quant.search_torch import FP16_MAX, FP16_TINY, SINGULAR, are_integers
+from ltxlite_quant.special_numba import find_special as find_special
 
-try:
-    import numba
-except ImportError:
-    HAVE_NUMBA = False
-else:
-    HAVE_NUMBA = True
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
-STEPS = (np.float32(0), np.float32(-1), np.float32(1))
+STEPS = (ZERO, -ONE, ONE)
 IQ4_LEVELS = np.array(IQ4_VALUES, np.float32)
 IQ4_MIDDLES = (IQ4_LEVELS[1:] + IQ4_LEVELS[:-1]) / 2
 IQ4_STEPS = IQ4_LEVELS[1:] - IQ4_LEVELS[:-1]
 SMALLEST = np.float32(1e-37)  # of what is smaller, the inverse may overflow
 NOISE = np.float32(SINGULAR)
 WORST = np.float32(3e38)
-
-
-def _compiled(function: Function) -> Function:
-    # nogil: chunks run in threads.  cache: compiling takes seconds, once a machine.
-    if not HAVE_NUMBA:
-        return function
-    return cast(Function, numba.njit(function, fastmath=True, nogil=True, cache=True))
 
 
 class _Affine(NamedTuple):
@@ -108,7 +90,7 @@ def _as_float32(item: float | tuple[float, ...]) -> Any:
     return item if isinstance(item, int) else np.float32(item)
 
 
-@_compiled
+@compiled
 def _round_fp16(number: Any) -> Any:
     # Neither to infinity nor, from something, to nothing.
     size = abs(number)
@@ -120,7 +102,7 @@ def _round_fp16(number: Any) -> Any:
     return np.float32(math.copysign(rounded, number))
 
 
-@_compiled
+@compiled
 def _affine_pass(x: Any, w: Any, scale: Any, minimum: Any, highest: Any) -> Any:
     # Sums over the group: error; weighted code, its square, its product with the value.
     error = linear = squares = products = ZERO
@@ -136,7 +118,7 @@ def _affine_pass(x: Any, w: Any, scale: Any, minimum: Any, highest: Any) -> Any:
     return error, linear, squares, products
 
 
-@_compiled
+@compiled
 def _affine_sums(x: Any, w: Any) -> Any:
     # Of a group: weight, weighted value, largest value, smallest value or 0.
     weight = total = low = ZERO
@@ -148,7 +130,7 @@ def _affine_sums(x: Any, w: Any) -> Any:
     return weight, total, low, high
 
 
-@_compiled
+@compiled
 def _fit_affine_group(trial: Any, sums: Any, scale: Any, minimum: Any) -> Any:
     # Least squares for given codes; the minimum of a group cannot be above 0.
     _, linear, squares, products = trial
@@ -163,7 +145,7 @@ def _fit_affine_group(trial: Any, sums: Any, scale: Any, minimum: Any) -> Any:
     return (slope, offset) if slope > ZERO else (scale, minimum)
 
 
-@_compiled
+@compiled
 def _fit_affine(x: Any, w: Any, sums: Any, plan: Any) -> Any:
     # Scale and minimum of a group for itself, not yet integers.
     low, high = sums[2], sums[3]
@@ -182,7 +164,7 @@ def _fit_affine(x: Any, w: Any, sums: Any, plan: Any) -> Any:
     return best_scale, best_minimum
 
 
-@_compiled
+@compiled
 def _affine_integers(x: Any, w: Any, wanted: Any, units: Any, plan: Any) -> Any:
     # The integers of least error among those around `wanted`, and the sums they give.
     d, dmin = units
@@ -200,7 +182,7 @@ def _affine_integers(x: Any, w: Any, wanted: Any, units: Any, plan: Any) -> Any:
     return best_scale, best_minimum, best
 
 
-@_compiled
+@compiled
 def _affine_round(x: Any, w: Any, fits: Any, units: Any, plan: Any, found: Any) -> Any:
     # Integers of all groups for these d and dmin into `found`; their error, and the next d, dmin.
     error = scale_squares = minimum_squares = mixed = scale_product = minimum_product = ZERO
@@ -218,7 +200,7 @@ def _affine_round(x: Any, w: Any, fits: Any, units: Any, plan: Any, found: Any) 
     return error, _fit_affine_block(normal, units)
 
 
-@_compiled
+@compiled
 def _fit_affine_block(normal: Any, units: Any) -> Any:
     # Least squares for d and dmin, with the integers and codes of all groups as they are.
     scale_squares, minimum_squares, mixed, scale_product, minimum_product = normal
@@ -235,7 +217,7 @@ def _fit_affine_block(normal: Any, units: Any) -> Any:
     return _round_fp16(d), _round_fp16(dmin)
 
 
-@_compiled
+@compiled
 def _affine_block(x: Any, w: Any, plan: Any, scratch: Any, best: Any, best_units: Any) -> Any:
     # One block: the best integers into `best` (2, G), d and dmin into `best_units` (2,).
     fits, found = scratch
@@ -263,7 +245,7 @@ def _affine_block(x: Any, w: Any, plan: Any, scratch: Any, best: Any, best_units
                 units = following
 
 
-@_compiled
+@compiled
 def _affine_blocks(x: Any, w: Any, plan: Any, units: Any, integers: Any) -> None:
     groups = x.shape[1]
     scratch = (np.empty((4, groups), np.float32), np.empty((2, groups), np.float32))
@@ -272,7 +254,7 @@ def _affine_blocks(x: Any, w: Any, plan: Any, units: Any, integers: Any) -> None
         _affine_block(x[block], weights, plan, scratch, integers[block], units[block])
 
 
-@_compiled
+@compiled
 def _integer_pass(x: Any, w: Any, scale: Any, low: Any, high: Any) -> Any:
     # Sums over the group: error; weighted square of the level, its product with the value.
     error = squares = products = ZERO
@@ -287,7 +269,7 @@ def _integer_pass(x: Any, w: Any, scale: Any, low: Any, high: Any) -> Any:
     return error, squares, products
 
 
-@_compiled
+@compiled
 def _iq4_pass(x: Any, w: Any, scale: Any) -> Any:
     # The same for the sixteen levels of IQ4.
     error = squares = products = ZERO
@@ -304,14 +286,14 @@ def _iq4_pass(x: Any, w: Any, scale: Any) -> Any:
     return error, squares, products
 
 
-@_compiled
+@compiled
 def _scaled_pass(x: Any, w: Any, scale: Any, levels: Any) -> Any:
     if levels.are_integers:
         return _integer_pass(x, w, scale, levels.lowest, levels.highest)
     return _iq4_pass(x, w, scale)
 
 
-@_compiled
+@compiled
 def _fit_scaled(x: Any, w: Any, plan: Any) -> Any:
     # Scale of a group for itself, not yet an integer.
     largest = ZERO
@@ -329,7 +311,7 @@ def _fit_scaled(x: Any, w: Any, plan: Any) -> Any:
     return best
 
 
-@_compiled
+@compiled
 def _scaled_round(x: Any, w: Any, fits: Any, d: Any, plan: Any, found: Any) -> Any:
     # Integers of all groups for this d into `found`; their error, and the next d.
     total = total_squares = total_products = ZERO
@@ -348,7 +330,7 @@ def _scaled_round(x: Any, w: Any, fits: Any, d: Any, plan: Any, found: Any) -> A
     return total, following
 
 
-@_compiled
+@compiled
 def _energy(x: Any, w: Any) -> Any:
     # The error of a block that is all zero.
     total = ZERO
@@ -358,7 +340,7 @@ def _energy(x: Any, w: Any) -> Any:
     return total
 
 
-@_compiled
+@compiled
 def _scaled_block(x: Any, w: Any, plan: Any, scratch: Any, best: Any) -> Any:
     # One block: the best integers into `best` (G,); returns their d.
     fits, found = scratch
@@ -379,7 +361,7 @@ def _scaled_block(x: Any, w: Any, plan: Any, scratch: Any, best: Any) -> Any:
     return best_d
 
 
-@_compiled
+@compiled
 def _scaled_blocks(x: Any, w: Any, plan: Any, d: Any, integers: Any) -> None:
     groups = x.shape[1]
     scratch = (np.empty(groups, np.float32), np.empty(groups, np.float32))

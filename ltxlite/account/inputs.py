@@ -1,0 +1,119 @@
+"""What the account needs, from the headers of the user's files and from the request."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ltxlite.account.job import Job, StageJob
+from ltxlite.account.phase import Component
+from ltxlite.checkpoint.lora import Lora
+from ltxlite.checkpoint.stored import StoredTensor
+from ltxlite.memory.blank import Weights
+from ltxlite.models.connector import CONTEXT_LENGTH
+from ltxlite.models.text_projection import TextProjectionConfig
+from ltxlite.network_configs import upscaler_config
+from ltxlite.networks import ANATOMY, Networks
+from ltxlite.request import Request
+from ltxlite.stages import needs_negative, stage_shape, stage_sigmas
+from ltxlite_quant.formats import BlockFormat
+from ltxlite_quant.scaled import SCALINGS
+
+# Of these, weights of another dtype than the network's stay as stored; so `Networks` loads them.
+_AS_STORED = (*ANATOMY, "text_projection")
+# Those whose layers `--quantize` changes while they load.
+_QUANTIZED_AT_LOAD = ("transformer", "text_encoder")
+
+
+def components_of(networks: Networks, loras: Sequence[Lora] = ()) -> dict[str, Component]:
+    """Return every network that the files hold, as their headers tell it."""
+    configs = {
+        "transformer": networks.transformer_config(),
+        "video_connector": networks.connector_config(sound=False),
+        "audio_connector": networks.connector_config(sound=True),
+        "text_encoder": networks.gemma_config(),
+        "text_projection": TextProjectionConfig.from_shapes(
+            networks.shapes("text_projection"), networks.gemma_config()
+        ),
+        "video_encoder": networks.video_config(),
+        "video_decoder": networks.video_config(),
+        "audio_decoder": networks.audio_config(),
+        "vocoder": networks.vocoder_config(),
+    }
+    found = {
+        name: Component(config, _weights(networks, name, model.named(name)))
+        for name, config in configs.items()
+        if (model := networks.files.find(name)) is not None
+    }
+    for model in networks.files.all("upscaler"):
+        weights = _weights(networks, "upscaler", model.named("upscaler"))
+        found[f"upscaler {networks.upscaler_kind(model)}"] = Component(
+            upscaler_config(model), weights
+        )
+    if loras:
+        transformer = found["transformer"]
+        ranks = _ranks(networks, loras)
+        weights = Weights(transformer.weights.formats, ranks)
+        found["transformer"] = Component(transformer.config, weights)
+    return found
+
+
+def job_of(request: Request, networks: Networks, prompt_tokens: int = CONTEXT_LENGTH) -> Job:
+    """Return the sizes of a request; prompts are taken to have so many tokens each.
+
+    Raises RequestError where a stage's size is off the grid.
+    """
+    stages = []
+    for stage in request.stages:
+        shape = stage_shape(request, stage, networks)
+        stages.append(
+            StageJob(
+                shape,
+                stage.video,
+                stage.audio,
+                stage.sampler,
+                len(stage_sigmas(stage, shape)) - 1,
+                stage.upscaler,
+            )
+        )
+    count = 2 if any(needs_negative(stage) for stage in request.stages) else 1
+    return Job(request.width, request.height, tuple(stages), (prompt_tokens,) * count)
+
+
+def _weights(networks: Networks, name: str, stored: Mapping[str, StoredTensor]) -> Weights:
+    naming = networks.naming(name)
+    formats = {}
+    for own, item in stored.items():
+        if naming.is_ignored(own) or len(item.shape) != 2:
+            continue
+        renamed = naming.rename(own)
+        chosen = _at_load(networks, name, renamed, item) or item.format
+        if _keeps(name, chosen, networks.dtype):
+            formats[renamed] = chosen
+    return Weights(formats)
+
+
+def _keeps(name: str, chosen: BlockFormat, dtype: torch.dtype) -> bool:
+    quantized = chosen.is_quantized or chosen.name in SCALINGS
+    return quantized or (name in _AS_STORED and chosen.dtype != dtype)
+
+
+def _at_load(
+    networks: Networks, component: str, name: str, item: StoredTensor
+) -> BlockFormat | None:
+    """Return what `--quantize` will make of a weight, None if it leaves it."""
+    if networks.at_load is None or component not in _QUANTIZED_AT_LOAD:
+        return None
+    wanted = networks.at_load.format
+    layers = tuple(f"{layers}." for layers in ANATOMY[component].streamed)
+    changes = name.startswith(layers) and not item.format.is_quantized
+    return wanted if changes and item.shape[1] % wanted.block_size == 0 else None
+
+
+def _ranks(networks: Networks, loras: Sequence[Lora]) -> dict[str, tuple[int, ...]]:
+    naming = networks.naming("transformer")
+    ranks: dict[str, tuple[int, ...]] = {}
+    for lora in loras:
+        for module, term in lora.terms.items():
+            name = naming.rename(f"{module}.weight").removesuffix(".weight")
+            ranks[name] = (*ranks.get(name, ()), term.a.shape[0])
+    return ranks

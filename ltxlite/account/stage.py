@@ -1,0 +1,118 @@
+"""The account of a sampling stage: the denoiser, guidance and two steps of the sampler."""
+
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ltxlite import conditioning
+from ltxlite.account.job import StageJob
+from ltxlite.account.phase import (
+    META,
+    Blank,
+    Components,
+    Levers,
+    Phase,
+    blank,
+    metered,
+    on_card,
+)
+from ltxlite.conditioning import LatentState
+from ltxlite.denoise import Denoiser, Prompt, Stream
+from ltxlite.geometry import AudioGrid, LatentGrid, audio_positions, video_positions
+from ltxlite.memory.blank import stored_bytes
+from ltxlite.models.connector import CONTEXT_LENGTH
+from ltxlite.models.transformer import AdaLN, Transformer
+from ltxlite.models.transformer_config import TransformerConfig
+from ltxlite.sampling.contract import Prediction, State, Tools
+from ltxlite.sampling.samplers import SAMPLERS, sample
+from ltxlite.sampling.settings import Guidance
+
+_SIGMAS = (1.0, 0.75, 0.5, 0.0)
+
+
+def stage_phases(
+    components: Components, number: int, stage: StageJob, levers: Levers
+) -> list[Phase]:
+    """Return the phases of a stage: its modulation is tabulated, then it samples."""
+    made: Blank[Transformer] = blank(
+        "transformer", components["transformer"], Transformer, levers.dtype
+    )
+    transformer = made.network
+    transformer.chunk = levers.chunk
+    with torch.inference_mode():
+        denoiser = _denoiser(transformer, stage, levers.dtype)  # on the CPU: it looks at values
+        with metered(levers) as meter:
+            _to_card(denoiser)
+            transformer.tabulate(torch.empty(stage.levels, device=META))
+            tabulated = made.phase(f"levels of stage {number}", meter)
+            _sample(denoiser, stage)
+            sampled = made.phase(f"stage {number}", meter)
+    largest = max(stored_bytes(m) for m in transformer.modules() if isinstance(m, AdaLN))
+    return [
+        replace(tabulated, fixed_bytes=made.fixed_bytes + largest, units=()),
+        replace(sampled, walks=stage.evaluations),
+    ]
+
+
+def _denoiser(transformer: Transformer, stage: StageJob, dtype: torch.dtype) -> Denoiser:
+    config, needs = transformer.config, SAMPLERS[stage.sampler].needs_uncond
+    guidances = (_in_first_block(stage.video), _in_first_block(stage.audio))
+    negative = needs or any("uncond" in guidance.passes(0) for guidance in guidances)
+    widths = (config.caption_channels or stream.context for stream in (config.video, config.audio))
+    streams = [
+        Stream(state, _prompt(width, negative, dtype), guidance)
+        for state, width, guidance in zip(_states(config, stage), widths, guidances, strict=True)
+    ]
+    return Denoiser(transformer, streams[0], streams[1], needs_uncond=needs)
+
+
+def _prompt(width: int, negative: bool, dtype: torch.dtype) -> Prompt:
+    positive, other = (torch.empty(1, CONTEXT_LENGTH, width, dtype=dtype) for _ in range(2))
+    return Prompt(positive, other if negative else None)
+
+
+def _to_card(denoiser: Denoiser) -> None:
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for item in denoiser._streams:
+        vars(item).update({name: on_card(value, known) for name, value in vars(item).items()})
+
+
+def _sample(denoiser: Denoiser, stage: StageJob) -> None:
+    """Run the second of three steps for real: what the first one left stands beside it."""
+    start = _noised([item.stream.state for item in denoiser._streams])
+    evaluations = SAMPLERS[stage.sampler].per_step
+    numbers = itertools.count()
+
+    def noise(_: object) -> State:
+        return tuple(torch.empty_like(x) for x in start)
+
+    def denoise(x: State, sigma: float) -> Prediction:
+        real = next(numbers) // evaluations == 1
+        return denoiser(x, sigma) if real else Prediction(noise(None), noise(None))
+
+    sample(stage.sampler, start, _SIGMAS, Tools(denoise, noise, denoiser.blend))
+
+
+def _in_first_block(guidance: Guidance) -> Guidance:
+    """Let the perturbed pass part where the account has a block."""
+    return replace(guidance, stg_blocks=(0,)) if guidance.stg_blocks else guidance
+
+
+def _states(config: TransformerConfig, stage: StageJob) -> tuple[LatentState, LatentState]:
+    """Make both streams' states as `StageRun` does."""
+    shape = stage.shape
+    latent = (shape.frames, shape.rows, shape.columns)
+    initial = torch.zeros(1, shape.video_tokens, config.video.channels)
+    video = conditioning.start(initial, video_positions(latent, shape.fps, LatentGrid()))
+    if stage.images:
+        image = torch.zeros(1, config.video.channels, stage.images, shape.rows, shape.columns)
+        video = conditioning.place_image(video, image, 0, 1.0)
+    initial = torch.zeros(1, shape.audio_frames, config.audio.channels)
+    audio = conditioning.start(initial, audio_positions(shape.audio_frames, AudioGrid()))
+    return video, audio
+
+
+def _noised(states: list[LatentState]) -> State:
+    return tuple(state.noised(torch.empty_like(state.initial), 1.0) for state in states)

@@ -1,0 +1,233 @@
+"""Low-rank terms (LoRA) on linears of any format: computed beside them or merged as they decode.
+
+The base weight is never rewritten; strengths may change between two calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltxlite.errors import ShapeError
+from ltxlite.linear import QuantLinear, row_pieces
+from ltxlite.low_rank_cost import LowRankWork
+
+Method = Literal["auto", "beside", "merged"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankTerm:
+    """A low-rank addition to a weight: scale * B A.
+
+    a: (r, K).  b: (N, r).  scale: the file's own factor (alpha / r, or 1).  source, module: the
+    file and its name of the layer, for messages.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    source: str
+    module: str = ""
+
+    def __post_init__(self) -> None:
+        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ShapeError(
+                f"{self.where}: low-rank factors A (r, K) and B (N, r) must share r, "
+                f"got {tuple(self.a.shape)} and {tuple(self.b.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+    @property
+    def where(self) -> str:
+        """File and layer."""
+        return f"{self.source}: {self.module}" if self.module else self.source
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Raise ShapeError unless B A has the shape of a weight (N, K)."""
+        mine = (self.b.shape[0], self.a.shape[1])
+        if mine != shape:
+            raise ShapeError(
+                f"{self.where}: a low-rank term for a weight of {mine} does not fit one of "
+                f"{shape}; it was made for another model"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Active:
+    """A term that is on in this call, its factors in the dtype of the input."""
+
+    a: Tensor
+    b: Tensor
+    factor: float
+
+
+class LowRankLinear(nn.Module):
+    """A Linear or QuantLinear plus low-rank terms whose strengths may change between calls.
+
+    y = base(x) + sum strength * scale * (x Aᵀ) Bᵀ.  Each call takes the cheaper of two ways
+    (`low_rank_cost`), unless `method` names one.  `strengths` is a plain list, one number a term;
+    a term of strength 0 costs nothing.
+    Buffers: a0 (r, K), b0 (N, r), a1, b1, ... in the dtype and, where it is mapped, the memory of
+    their file: joined in advance, a second LoRA beside the distilled one would take 8 GB of RAM.
+    """
+
+    def __init__(self, base: nn.Linear | QuantLinear, terms: Sequence[LowRankTerm]) -> None:
+        super().__init__()
+        self.base = base
+        self.method: Method = "auto"
+        self.strengths = [1.0] * len(terms)
+        self.scales = [term.scale for term in terms]
+        self.sources = [term.source for term in terms]
+        for index, term in enumerate(terms):
+            term.check_fits((base.out_features, base.in_features))
+            self.register_buffer(f"a{index}", term.a.detach())
+            self.register_buffer(f"b{index}", term.b.detach())
+
+    @property
+    def in_features(self) -> int:
+        """K, as in nn.Linear."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N, as in nn.Linear."""
+        return self.base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., N) in x's dtype.  x: (..., K)."""
+        active = self._active(x.dtype)
+        if not active:
+            y: Tensor = self.base(x)
+            return y
+        return self._merged(x, active) if self._merges(x, active) else self._beside(x, active)
+
+    def work(self, tokens: int, dtype: torch.dtype) -> LowRankWork:
+        """Return what a call with so many rows of input would do, at the present strengths."""
+        ranks = [self.get_buffer(f"a{i}").shape[0] for i in self._numbers()]
+        return LowRankWork(
+            tokens,
+            self.in_features,
+            self.out_features,
+            sum(ranks),
+            isinstance(self.base, QuantLinear),
+            dtype.itemsize,
+        )
+
+    def _numbers(self) -> list[int]:
+        return [i for i, strength in enumerate(self.strengths) if strength * self.scales[i]]
+
+    def _active(self, dtype: torch.dtype) -> list[_Active]:
+        return [
+            _Active(
+                self.get_buffer(f"a{i}").to(dtype),
+                self.get_buffer(f"b{i}").to(dtype),
+                self.strengths[i] * self.scales[i],
+            )
+            for i in self._numbers()
+        ]
+
+    def _merges(self, x: Tensor, active: list[_Active]) -> bool:
+        if self.method != "auto":
+            return self.method == "merged"
+        if torch.is_grad_enabled():  # the merged weight would be kept for the backward pass
+            return False
+        return self.work(x.numel() // self.in_features, x.dtype).merging_pays()
+
+    def _beside(self, x: Tensor, active: list[_Active]) -> Tensor:
+        y: Tensor = self.base(x)
+        flat, out = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
+        for term in _joined(active, len(flat)):
+            inner = F.linear(flat, term.a)  # (T, r)
+            out.addmm_(inner, term.b.T, alpha=term.factor)
+        return out.view(y.shape)
+
+    def _merged(self, x: Tensor, active: list[_Active]) -> Tensor:
+        pieces = list(row_pieces(self.out_features, self.in_features * x.element_size()))
+        if len(pieces) == 1:
+            return self._product(x, active, pieces[0])
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for rows in pieces:
+            y[..., rows] = self._product(x, active, rows)
+        return y
+
+    def _product(self, x: Tensor, active: list[_Active], rows: slice) -> Tensor:
+        weight = self._scratch(rows, x.dtype)
+        for term in active:
+            weight.addmm_(term.b[rows], term.a, alpha=term.factor)
+        bias = self.base.bias
+        return F.linear(x, weight, None if bias is None else bias[rows].to(x.dtype))
+
+    def _scratch(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return rows of the base weight in memory of their own."""
+        base = self.base
+        if not isinstance(base, QuantLinear):
+            return base.weight[rows].to(dtype, copy=True)
+        decoded = base.decoded(dtype, rows)
+        return decoded.clone() if base.format.dtype == dtype else decoded  # plain: maybe a view
+
+    def extra_repr(self) -> str:
+        """Return what print(model) shows."""
+        ranks = [self.get_buffer(f"a{i}").shape[0] for i in range(len(self.sources))]
+        return f"ranks={ranks}, strengths={self.strengths}"
+
+
+def _joined(active: list[_Active], tokens: int) -> list[_Active]:
+    """Join terms to one, so that the output is read and written once, not once a term.
+
+    Their factors go into copies of A. With fewer tokens than ranks the copies are what costs.
+    """
+    if len(active) == 1 or tokens < sum(len(term.a) for term in active):
+        return active
+    a = torch.cat([term.a * term.factor for term in active])
+    return [_Active(a, torch.cat([term.b for term in active], dim=1), 1.0)]
+
+
+def merged_weight(
+    weight: Tensor,
+    terms: Sequence[LowRankTerm],
+    dtype: torch.dtype,
+    strengths: Sequence[float] | None = None,
+) -> Tensor:
+    """Add low-rank terms to a weight, every step rounded to `dtype`.
+
+    weight: (N, K).  strengths: one a term, 1 by default.  Returns W + sum ((B * strength) @ A).
+    Raises ShapeError if a term does not fit or the strengths are not one a term.
+    Source: LTX-2 400fd31, its bf16 fusion (model.md 6); the deltas of several files are summed
+    before they meet the weight.
+    """
+    strengths = [1.0] * len(terms) if strengths is None else strengths
+    if len(strengths) != len(terms):
+        raise ShapeError(f"{len(terms)} low-rank terms need as many strengths, got {strengths}")
+    if not terms:
+        return weight.to(dtype)
+    for term in terms:
+        term.check_fits(tuple(weight.shape))
+    deltas = [
+        (term.b.to(dtype) * (strength * term.scale)) @ term.a.to(dtype)
+        for term, strength in zip(terms, strengths, strict=True)
+    ]
+    total = deltas[0] if len(deltas) == 1 else torch.stack(deltas).sum(dim=0)
+    return weight.to(dtype) + total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankDelta:
+    """Terms and their strengths, to be added for good to a weight that is read by rows."""
+
+    terms: tuple[LowRankTerm, ...]
+    strengths: tuple[float, ...]
+
+    def added(self, values: Tensor, rows: slice) -> Tensor:
+        """Return rows of W + sum strength * scale * B A.  values: those rows of W, (n, K) fp32."""
+        for term, strength in zip(self.terms, self.strengths, strict=True):
+            a, b = term.a.float(), term.b[rows].float()
+            # Never in place: values may be the mapped source.
+            values = torch.addmm(values, b, a, alpha=strength * term.scale)
+        return values

@@ -1,0 +1,135 @@
+"""From a request and a budget to a plan: where blocks live, how large chunks and windows are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+
+from ltxlite.account import Levers, account
+from ltxlite.checkpoint.lora import Lora
+from ltxlite.errors import BudgetError, RequestError
+from ltxlite.geometry import size_multiple
+from ltxlite.memory.budget import Budget
+from ltxlite.memory.machine import CpuMachine, CudaMachine
+from ltxlite.memory.place import Memory
+from ltxlite.memory.plan import Need, Plan, fit
+from ltxlite.models.layers import TOKEN_CHUNK
+from ltxlite.models.rolling import GROUP_BYTES
+from ltxlite.models.window import DecodeWindow, choose_window
+from ltxlite.networks import Networks
+from ltxlite.request import Request
+from ltxlite.stages import stage_shape
+
+# Chunks are halved until the job fits: each time the largest temporary halves, and matmuls lose a
+# little of their efficiency. Below 256 rows there is nothing left to gain.
+LADDER = tuple((TOKEN_CHUNK >> step, GROUP_BYTES >> step) for step in range(4))
+RUNGS = len(LADDER)  # how often a job is tried again when memory runs out
+_SMALLER = tuple(Fraction(eighths, 8) for eighths in (7, 6, 5, 4, 3, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """A plan of where weights live, the chunks it was made for, how the picture is decoded."""
+
+    plan: Plan
+    levers: Levers
+    window: DecodeWindow
+
+    def memory(self, device: torch.device) -> Memory:
+        """Return where networks are to put their blocks."""
+        machine = CudaMachine(device) if device.type == "cuda" else CpuMachine()
+        return Memory(machine, self.plan.placements, self.levers.chunk)
+
+    def lines(self) -> list[str]:
+        """Return the plan as text."""
+        window = self.window.group_bytes >> 20
+        text = f"{self.levers.chunk} tokens, and {window} MiB of frames, at a time"
+        if not self.window.is_whole:
+            text += "; the picture is decoded in tiles, which blends their borders"
+        return [*self.plan.lines(), text]
+
+
+def plan_job(
+    networks: Networks,
+    request: Request,
+    budget: Budget,
+    loras: Sequence[Lora] = (),
+    rung: int = 0,
+) -> JobPlan:
+    """Plan a request on the user's files; reads headers only.
+
+    rung: how often memory ran out: so many sizes of chunks are left out, and each time an eighth
+    of the budget.
+    Raises BudgetError, with the nearest requests that would fit.
+    """
+    error = None
+    budget = replace(budget, vram=int(budget.vram * 0.875**rung))
+    for chunk, group_bytes in LADDER[min(rung, RUNGS - 1) :]:
+        levers = Levers(networks.dtype, chunk, group_bytes)
+        try:
+            return _fitted(networks, request, budget, loras, levers)
+        except BudgetError as found:
+            error = found
+    levers = Levers(networks.dtype, *LADDER[-1])
+    nearest = list(_nearest(networks, request, budget, loras, levers))
+    advice = f"; {' or '.join(nearest)} would fit" if nearest else ""
+    raise BudgetError(f"{error}{advice}") from None
+
+
+def _fitted(
+    networks: Networks, request: Request, budget: Budget, loras: Sequence[Lora], levers: Levers
+) -> JobPlan:
+    *needs, decode = [phase.need() for phase in account(networks, request, loras, levers)]
+    window = DecodeWindow(levers.group_bytes)
+    if decode.least() > budget.usable:
+        room = budget.usable - decode.fixed - decode.workspace
+        clip = stage_shape(request, request.stages[-1], networks)
+        latents = (clip.frames, clip.rows, clip.columns)
+        itemsize = networks.dtype.itemsize
+        window = choose_window(networks.video_config(), latents, room, itemsize)
+        decode = replace(decode, activations=window.need_bytes)
+    return JobPlan(fit([*_beside_transformer(needs), decode], budget), levers, window)
+
+
+def _beside_transformer(needs: Sequence[Need]) -> list[Need]:
+    """Let what runs between the first stage and the last find the transformer still there."""
+    stages = [place for place, need in enumerate(needs) if need.component == "transformer"]
+    transformer = next(needs[place] for place in stages if needs[place].units)
+    found = list(needs)
+    for place in range(stages[0], stages[-1] + 1):
+        need = needs[place]
+        fixed = need.fixed + (need.component != "transformer") * transformer.fixed
+        found[place] = replace(need, component="transformer", fixed=fixed, units=transformer.units)
+    return found
+
+
+def _nearest(
+    networks: Networks, request: Request, budget: Budget, loras: Sequence[Lora], levers: Levers
+) -> Iterator[str]:
+    """Name the largest smaller size, and the largest smaller length, that fit."""
+    for candidates in (_smaller_sizes(networks, request), _shorter(networks, request)):
+        for candidate, text in candidates:
+            try:
+                _fitted(networks, candidate, budget, loras, levers)
+            except (BudgetError, RequestError):
+                continue
+            yield text
+            break
+
+
+def _smaller_sizes(networks: Networks, request: Request) -> Iterator[tuple[Request, str]]:
+    step = size_multiple([stage.fraction for stage in request.stages], networks.latent_grid().space)
+    for share in _SMALLER:
+        width, height = (
+            max(step, int(size * share) // step * step) for size in (request.width, request.height)
+        )
+        yield replace(request, width=width, height=height), f"--size {width}x{height}"
+
+
+def _shorter(networks: Networks, request: Request) -> Iterator[tuple[Request, str]]:
+    grid = networks.latent_grid()
+    for share in _SMALLER:
+        frames = grid.snap_frames(max(grid.time + 1, int(request.frames * share)))
+        if frames < request.frames:
+            yield replace(request, frames=frames), f"--frames {frames}"

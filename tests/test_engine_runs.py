@@ -1,0 +1,165 @@
+"""Whole jobs under a plan: the clip of a streamed run is the clip of a plain one, byte for byte."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltxlite import planning
+from ltxlite.cli import main
+from ltxlite.memory import plan as plan_module
+from ltxlite.memory.budget import Budget
+from ltxlite.memory.plan import Need, Plan
+from ltxlite.memory.stream import Placement
+from ltxlite.models.passes import Pass
+from ltxlite.models.transformer import Transformer
+
+PROMPT = "a red circle moves left"
+BUDGET = ("--vram", "4GiB")
+Files = tuple[Path, Path, Path]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def generate(demo_files: Files, output: Path, *flags: str) -> int:
+    model, upscaler, encoder = map(str, demo_files)
+    files = ["--model", model, "--upscaler", upscaler, "--text-encoder", encoder]
+    clip = ["--prompt", PROMPT, "--size", "128x128", "--frames", "9", "--steps", "2"]
+    return main(["generate", *files, *clip, "-o", str(output), "--device", "cpu", *flags])
+
+
+def clip_of(demo_files: Files, folder: Path, flags: Sequence[str] = ()) -> bytes:
+    # The path is part of the job that travels inside the clip: another folder, of equal length.
+    number = f"{len(list(folder.glob('run*'))):04}"
+    output = folder / f"run{number}" / "clip.mp4"
+    assert generate(demo_files, output, *flags) == 0
+    return output.read_bytes().replace(f"run{number}".encode(), b"run")
+
+
+PLACEMENTS = {
+    "all streamed from RAM": Placement(slots=2, prefetch=1),
+    "all from disk": Placement(slots=2, prefetch=1, pinned_bytes=0, ring=2),
+    "one slot": Placement(slots=1, prefetch=0, pinned_bytes=0),
+    "first resident": Placement(resident=frozenset({0}), slots=1, prefetch=2),
+}
+
+
+def force(placement: Placement, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every plan place blocks so: the demo's are so small that all would be resident."""
+
+    def fit(needs: Sequence[Need], budget: Budget) -> Plan:
+        plan = plan_module.fit(needs, budget)
+        phases = []
+        for phase in plan.phases:
+            if phase.residence is not None:
+                count = frozenset(range(phase.residence.count))
+                chosen = replace(placement, resident=placement.resident & count)
+                phase = replace(phase, residence=replace(phase.residence, placement=chosen))
+            phases.append(phase)
+        return replace(plan, phases=tuple(phases))
+
+    monkeypatch.setattr(planning, "fit", fit)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_streamed_run_makes_the_bytes_of_a_plain_one(
+    demo_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    before = threading.active_count()
+    wanted = clip_of(demo_files, tmp_path, ["--no-cache"])
+    force(PLACEMENTS[name], monkeypatch)
+    assert clip_of(demo_files, tmp_path, ["--no-cache", *BUDGET]) == wanted
+    assert threading.active_count() <= before  # no reader is left
+
+
+def test_a_planned_run_and_one_with_a_kept_context_make_the_bytes_of_a_plain_one(
+    demo_files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = clip_of(demo_files, tmp_path, ["--no-cache"])
+    assert clip_of(demo_files, tmp_path, BUDGET) == wanted
+    assert clip_of(demo_files, tmp_path, BUDGET) == wanted
+    told = capsys.readouterr().err
+    assert "stage 2: peak" in told and "encoded in an earlier run" in told
+
+
+def test_guided_and_two_step_samplers_run_streamed_too(
+    demo_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guided = ("--cfg", "3:7", "--stg", "1", "--modality", "3", "--sampler", "res_2s", "--no-cache")
+    wanted = clip_of(demo_files, tmp_path, guided)
+    force(PLACEMENTS["all from disk"], monkeypatch)
+    assert clip_of(demo_files, tmp_path, (*guided, *BUDGET)) == wanted
+
+
+def test_what_cannot_fit_is_refused_before_anything_loads(
+    demo_files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(demo_files, tmp_path / "clip.mp4", "--vram", "1MiB") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("ltxlite: decode: ") and "make the picture smaller" in message
+    assert not list(tmp_path.glob("*.mp4*"))
+
+
+def test_a_run_out_of_memory_goes_on_with_a_smaller_plan_to_the_same_clip(
+    demo_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = clip_of(demo_files, tmp_path, ["--no-cache"])
+    plain, calls = Transformer.run, []
+
+    def failing(self: Transformer, passes: Sequence[Pass]) -> object:
+        if passes[0].video.latent.is_meta:  # the plan counts with the same code
+            return plain(self, passes)
+        calls.append(len(calls))
+        if len(calls) in (2, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(self, passes)
+
+    monkeypatch.setattr(Transformer, "run", failing)
+    assert clip_of(demo_files, tmp_path, ["--no-cache", *BUDGET]) == wanted
+    told = capsys.readouterr().err
+    assert told.count("going on with a smaller plan") == 2
+    # Two steps and three: five evaluations and the two that failed, so no step was done twice.
+    assert len(calls) == 7
+
+
+def test_memory_that_never_suffices_ends_in_one_line(
+    demo_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = Transformer.run
+
+    def failing(self: Transformer, passes: Sequence[Pass]) -> object:
+        if passes[0].video.latent.is_meta:
+            return plain(self, passes)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Transformer, "run", failing)
+    assert generate(demo_files, tmp_path / "clip.mp4", "--vram", "4GiB") == 1
+    assert "CUDA out of memory" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_plan_prints_the_phases_and_loads_nothing(
+    demo_files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, upscaler, encoder = map(str, demo_files)
+    files = ["--model", model, "--upscaler", upscaler, "--text-encoder", encoder]
+    assert main(["plan", *files, "--size", "256x256", "--vram", "4GiB", "--quiet"]) == 0
+    text = capsys.readouterr().out
+    for phase in ("encode prompt", "stage 1", "upscale for stage 2", "stage 2", "decode picture"):
+        assert f"{phase}: peak" in text
+    # Twice the decoder and its workspace is room for a small picture, not for the default one.
+    assert main(["plan", *files, "--vram", "1.044GiB", "--quiet"]) == 1
+    assert "would fit" in capsys.readouterr().err
+    assert main(["plan", *files, "--quiet"]) == 1
+    assert "--vram 8GiB" in capsys.readouterr().err

@@ -27,8 +27,11 @@ from ltxlite.account import Job, Levers, Phase, StageJob
 from ltxlite.account.media import image_phase, picture_phase, sound_phases, upscale_phase
 from ltxlite.account.stage import stage_phases
 from ltxlite.account.text import text_phases
+from ltxlite.errors import BudgetError
 from ltxlite.geometry import AudioGrid, ClipShape, LatentGrid
-from ltxlite.planning import LADDER
+from ltxlite.memory.budget import Budget
+from ltxlite.memory.plan import Need, fit
+from ltxlite.planning import LADDER, beside_transformer
 from ltxlite.presets import Model, stages_for
 
 DESCRIPTION = "account of VRAM of full-size jobs, beside diffusers and a naive run"
@@ -37,6 +40,7 @@ GIB = 2.0**30
 SIZES = tuple((w, h, f) for w, h in ((768, 512), (1280, 704), (1920, 1088)) for f in (121, 241))
 SIZES += ((2560, 1408, 121),)
 VARIED = "Q4_K_M"  # the weights that variations are counted with
+CARD = Budget(vram=8 << 30, ram=16 << 30)
 RANK = 384  # of the distilled LoRA
 
 
@@ -101,21 +105,40 @@ def measured(setup: Setup, rivals: bool, rung: int = 0) -> Result:
     """Return the account of a row and of its rivals; rung: of the planner's ladder of chunks."""
     chunk, group_bytes = LADDER[rung]
     found = accounted(setup, Levers(chunk=chunk, group_bytes=group_bytes))
-    worst = max(found, key=Phase.peak_bytes)
-    third = max(found, key=lambda phase: phase.peak_bytes(3))
-    rows = [Row("ltxlite", peak_bytes=worst.peak_bytes())]
+    needs = beside_transformer([phase.need() for phase in found])
+    worst = max(needs, key=Need.least)
+    third = max(needs, key=lambda need: need.least(3))
+    rows = [Row("ltxlite", peak_bytes=worst.least())]
     facts: dict[str, Any] = {
-        "phase": worst.name,
-        "phase with 3 slots": third.name,
-        "phases": [_phase(phase) for phase in found],
+        "phase": worst.phase,
+        "phase with 3 slots": third.phase,
+        "phases": [_phase(need) for need in needs],
+        "on 8 GiB": _on_a_card(needs),
     }
     figures = {
-        "peak_gib": worst.peak_bytes() / GIB,
-        "peak_3_slots_gib": third.peak_bytes(3) / GIB,
-        "stated_gib": worst.library_bytes / GIB,
+        "peak_gib": worst.least() / GIB,
+        "peak_3_slots_gib": third.least(3) / GIB,
+        "stated_gib": worst.workspace / GIB,
     }
     result = Result(Case(setup.name, facts, 0.0, tuple, figures=figures), rows)
     return Result(result.case, rows + _rival_rows(setup)) if rivals else result
+
+
+def _on_a_card(needs: Sequence[Need]) -> dict[str, Any]:
+    """Return what the planner makes of the row on a card of 8 GiB, 1 of it in reserve."""
+    try:
+        plan = fit(needs, CARD)
+    except BudgetError as error:
+        return {"refused": str(error)}
+    residence = next(p.residence for p in plan.phases if p.need.component == "transformer")
+    assert residence is not None
+    return {
+        "peak_gib": plan.peak / GIB,
+        "usable_gib": CARD.usable / GIB,
+        "resident": sorted(residence.placement.resident),
+        "pinned_gib": residence.pinned / GIB,
+        "moved_gib": residence.moved / GIB,
+    }
 
 
 def accounted(setup: Setup, levers: Levers) -> list[Phase]:
@@ -182,14 +205,14 @@ def _rival_rows(setup: Setup) -> list[Row]:
     return [theirs, naive]
 
 
-def _phase(phase: Phase) -> dict[str, Any]:
+def _phase(need: Need) -> dict[str, Any]:
     return {
-        "name": phase.name,
-        "peak_bytes": phase.peak_bytes(),
-        "fixed_bytes": phase.fixed_bytes,
-        "block_bytes": max(phase.units, default=0),
-        "activation_bytes": phase.activation_bytes,
-        "stated_bytes": phase.library_bytes,
+        "name": need.phase,
+        "peak_bytes": need.least(),
+        "fixed_bytes": need.fixed,
+        "block_bytes": max(need.units, default=0),
+        "activation_bytes": need.activations,
+        "stated_bytes": need.workspace,
     }
 
 
@@ -221,14 +244,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(results: Sequence[Result], console: Console) -> None:
     """Print one line a row, in GiB."""
     table = Table()
-    for column in ("", "2 slots", "3 slots", "stated", "peak in", "diffusers", "naive"):
+    columns = ("", "2 slots", "3 slots", "stated", "peak in", "8 GiB", "resident")
+    for column in (*columns, "diffusers", "naive"):
         table.add_column(column, justify="left" if column in ("", "peak in") else "right")
     for result in results:
         figures = result.case.figures
         ours = [f"{figures[key]:.2f}" for key in ("peak_gib", "peak_3_slots_gib", "stated_gib")]
         others = {row.name: row.peak_bytes for row in result.rows[1:]}
         cells = (_gib(others.get("diffusers")), _gib(others.get("naive")))
-        table.add_row(result.case.name, *ours, result.case.facts["phase"], *cells)
+        card = result.case.facts["on 8 GiB"]
+        planned = ("refused", "-")
+        if "refused" not in card:
+            planned = (f"{card['peak_gib']:.2f}", str(len(card["resident"])))
+        table.add_row(result.case.name, *ours, result.case.facts["phase"], *planned, *cells)
     console.print(table)
 
 

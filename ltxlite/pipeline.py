@@ -227,6 +227,8 @@ def run_stages(
 
     for number in range(progress.stage, len(request.stages)):
         stage = request.stages[number]
+        if stage.upscaler is not None:
+            place.rest(transformer)  # its slots make room for the upscaler
         progress = at_stage_size(request, networks, progress, clock)
         set_strengths(
             transformer, {lora.source: stage.lora_strength(i) for i, lora in enumerate(loras)}

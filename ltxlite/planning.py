@@ -89,18 +89,20 @@ def _fitted(
         itemsize = networks.dtype.itemsize
         window = choose_window(networks.video_config(), latents, room, itemsize)
         decode = replace(decode, activations=window.need_bytes)
-    return JobPlan(fit([*_beside_transformer(needs), decode], budget), levers, window)
+    return JobPlan(fit([*beside_transformer(needs), decode], budget), levers, window)
 
 
-def _beside_transformer(needs: Sequence[Need]) -> list[Need]:
+def beside_transformer(needs: Sequence[Need]) -> list[Need]:
     """Let what runs between the first stage and the last find the transformer still there."""
     stages = [place for place, need in enumerate(needs) if need.component == "transformer"]
     transformer = next(needs[place] for place in stages if needs[place].units)
     found = list(needs)
     for place in range(stages[0], stages[-1] + 1):
         need = needs[place]
-        fixed = need.fixed + (need.component != "transformer") * transformer.fixed
-        found[place] = replace(need, component="transformer", fixed=fixed, units=transformer.units)
+        found[place] = replace(need, units=transformer.units)
+        if need.component != "transformer":
+            fixed = need.fixed + transformer.fixed
+            found[place] = replace(found[place], component="transformer", fixed=fixed, rests=True)
     return found
 
 

@@ -1,13 +1,14 @@
 """Rows rounded to int8, plain and after norm and modulation, rotated or not."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_device import kernel_device, run_interpreted
 from torch import Tensor
 
-from ltxlite_kernels import reference, rotate
+from ltxlite_kernels import quantize, reference, rotate
 from ltxlite_kernels.int8 import Int8Rows
 from ltxlite_kernels.quantize import norm_modulate_quantize, quantize_rows
 from ltxlite_kernels.rotate import Rotation
@@ -190,6 +191,12 @@ def test_an_outlier_channel_costs_little_when_rotated():
 def test_rows_that_do_not_fit_are_refused(x, rotation, message):
     with pytest.raises(FormatError, match=message):
         quantize_rows(x, rotation)
+
+
+def test_the_slow_path_on_a_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(quantize, "HAVE_TRITON", False)
+    with pytest.warns(RuntimeWarning, match="Triton is not installed"):
+        assert not quantize.runs_kernel(SimpleNamespace(is_cuda=True))
 
 
 def test_tables_that_do_not_fit_are_refused():

@@ -114,3 +114,15 @@ def test_what_is_walked_once_is_streamed_from_disk_however_much_room_there_is() 
     assert residence is not None
     assert not residence.placement.resident and residence.pinned == 0
     assert residence.ring == 4 * max(UNITS)
+
+
+def test_slots_are_given_back_while_another_network_works_and_residents_stay() -> None:
+    stage = need(300 << 20)
+    upscale = Need("upscale", "transformer", GIB, UNITS, 200 << 20, rests=True)
+    smallest = max(stage.least(), upscale.base)
+    plan = fit([stage, upscale], Budget(smallest + GIB, 64 * GIB, GIB))
+    assert plan.peak <= smallest
+    roomy = fit([stage, upscale], budget(4))
+    resident = roomy.phases[0].residence.resident
+    assert roomy.phases[1].peak == upscale.base + resident <= 3 * GIB
+    assert roomy.phases[0].peak == stage.base + resident + roomy.phases[0].residence.slots

@@ -182,6 +182,15 @@ def test_both_engines_give_special_blocks_the_same_bytes(name, given, monkeypatc
     assert torch.equal(compiled.view(len(x), -1)[again], plain.view(len(x), -1)[again])
 
 
+@pytest.mark.parametrize("name", list(PLANS))
+def test_the_bytes_of_a_block_do_not_depend_on_other_blocks(name, engine):
+    values = torch.cat([*special_kinds(2, 9).values(), weight_samples(3, 256)["gaussian"]])
+    whole = quantize(values, FORMATS[name]).blocks
+    for count in (1, 7):
+        parts = [quantize(part, FORMATS[name]).blocks for part in values.split(count)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 @pytest.mark.parametrize("size", [32, 256])
 def test_special_blocks_are_told_from_ordinary_ones_by_both_engines(size):
     engines = [special]

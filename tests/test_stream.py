@@ -151,7 +151,12 @@ def test_copies_are_under_way_before_they_are_needed_and_across_walks(prefetch, 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_copies_hide_behind_compute_only_with_prefetch(prefetch):
     # 12 blocks, 10 ms of copy and of compute each: 240 ms one after the other, 130 ms together.
-    # The bounds leave 50 ms for a busy machine.
+    # A busy machine only ever adds to that, so the best of some tries is what the code takes.
+    best = min(seconds_of_a_walk(prefetch) for _ in range(5 if prefetch else 1))
+    assert best < 0.2 if prefetch else best > 0.23
+
+
+def seconds_of_a_walk(prefetch: int) -> float:
     machine = CpuMachine(Faults(delay=lambda number: 0.01))
     with Streamer(layers(12), machine, Placement(prefetch=prefetch)) as streamer:
         since = time.perf_counter()
@@ -159,7 +164,7 @@ def test_copies_hide_behind_compute_only_with_prefetch(prefetch):
             time.sleep(0.01)
         seconds = time.perf_counter() - since
     machine.close()
-    assert seconds < 0.18 if prefetch else seconds > 0.23
+    return seconds
 
 
 @pytest.mark.parametrize(

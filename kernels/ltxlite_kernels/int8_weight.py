@@ -143,7 +143,7 @@ def _check(blocks: Tensor, block_format: BlockFormat, columns: int, rotation: Ro
 
 
 def _scales_into(blocks: Tensor, name: str, columns: int, rotation: int, scales: Tensor) -> None:
-    if not HAVE_TRITON or not quantize.runs_kernel(_scales, blocks):
+    if not quantize.runs_kernel(blocks):
         scales.copy_(reference.row_scales(blocks, FORMATS[name], columns, Rotation(rotation)))
     elif len(blocks):
         per_row = columns // FORMATS[name].block_size
@@ -152,7 +152,7 @@ def _scales_into(blocks: Tensor, name: str, columns: int, rotation: int, scales:
 
 
 def _codes_into(blocks: Tensor, name: str, scales: Tensor, rotation: int, codes: Tensor) -> None:
-    if not HAVE_TRITON or not quantize.runs_kernel(_codes, blocks):
+    if not quantize.runs_kernel(blocks):
         out = Int8Rows(codes, torch.empty_like(scales), Rotation(rotation))
         reference.int8_codes(blocks, FORMATS[name], scales, out)
     elif codes.numel():

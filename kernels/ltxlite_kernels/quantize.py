@@ -9,6 +9,7 @@ Twins: `reference.quantize_rows`, `reference.norm_modulate_quantize`.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="arg-type"
 
+import warnings
 from typing import Any
 
 import torch
@@ -93,13 +94,21 @@ def _empty(x: Tensor, rotation: Rotation) -> Int8Rows:
     return Int8Rows(codes, codes.new_empty(len(x), dtype=torch.float32), rotation)
 
 
-def runs_kernel(kernel: Any, x: Tensor) -> bool:
-    """Tell whether Triton can work on x: on a GPU, or in the interpreter."""
-    return HAVE_TRITON and (x.is_cuda or not isinstance(kernel, triton.JITFunction))
+def runs_kernel(x: Tensor) -> bool:
+    """Tell whether Triton can work on x: on a GPU, or in the interpreter; warn if it is missing."""
+    if HAVE_TRITON:
+        return x.is_cuda or not isinstance(coded, triton.JITFunction)
+    if x.is_cuda:
+        warnings.warn(
+            "int8 arithmetic by plain torch is slower than none: Triton is not installed",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return False
 
 
 def _quantize_into(x: Tensor, rotation: int, codes: Tensor, scales: Tensor) -> None:
-    if not HAVE_TRITON or not runs_kernel(_rows, x):
+    if not runs_kernel(x):
         found = reference.quantize_rows(x, Rotation(rotation))
         codes.copy_(found.codes)
         scales.copy_(found.scales)
@@ -119,7 +128,7 @@ def _norm_into(
     codes: Tensor,
     scales: Tensor,
 ) -> None:
-    if not HAVE_TRITON or not runs_kernel(_norm_rows, x):
+    if not runs_kernel(x):
         found = reference.norm_modulate_quantize(x, shift, scale, index, eps, Rotation(rotation))
         codes.copy_(found.codes)
         scales.copy_(found.scales)

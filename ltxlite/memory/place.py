@@ -84,6 +84,13 @@ def place(
         setattr(network.get_submodule(parent), child, StreamedList(blocks, streamer))
 
 
+def rest(network: nn.Module) -> None:
+    """Have a network give its slots back until it is used again."""
+    for module in network.modules():
+        if isinstance(module, StreamedList):
+            module.streamer.rest()
+
+
 def close(network: nn.Module) -> None:
     """Stop the streams of a network and free their memory; a plain network has none."""
     for module in network.modules():

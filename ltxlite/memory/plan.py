@@ -24,7 +24,8 @@ class Need:
     component: the network that is loaded.  fixed: device bytes of its weights that are not
     streamed.  units: stored bytes of its blocks in order, () if it is loaded whole.
     activations: their peak.  workspace: what libraries are assumed to take besides.
-    walks: how often the phase goes through all blocks.
+    walks: how often the phase goes through all blocks.  rests: never; another network works while
+    resident blocks stay, and the slots are given back.
     """
 
     phase: str
@@ -34,6 +35,7 @@ class Need:
     activations: int
     workspace: int = 0
     walks: int = 1
+    rests: bool = False
 
     @property
     def base(self) -> int:
@@ -42,6 +44,8 @@ class Need:
 
     def least(self, slots: int = SLOTS[-1]) -> int:
         """Return the device bytes of the smallest plan."""
+        if self.rests:
+            return self.base
         return self.base + min(slots * max(self.units, default=0), sum(self.units))
 
 
@@ -149,20 +153,24 @@ def fit(needs: Sequence[Need], budget: Budget) -> Plan:
 
 
 def _phase(need: Need, residence: Residence | None) -> PhasePlan:
-    blocks = 0 if residence is None else residence.slots + residence.resident
+    blocks = 0
+    if residence is not None:
+        blocks = residence.resident + (0 if need.rests else residence.slots)
     return PhasePlan(need, residence, need.base + blocks)
 
 
 def _reside(needs: Sequence[Need], budget: Budget) -> Residence:
     units = needs[0].units
-    room = budget.usable - max(need.base for need in needs)
+    # Resting phases bound what is resident, the others that and the slots.
+    room = budget.usable - max(need.base for need in needs if not need.rests)
+    bound = budget.usable - max(need.base for need in needs)
     if max(need.walks for need in needs) == 1 and SLOTS[0] * max(units) <= room:
         # What is needed once gains nothing by staying, nor by a copy in RAM.
         return _residence(needs[0], frozenset(), SLOTS[0], replace(budget, ram=0))
-    if sum(units) <= room:
+    if sum(units) <= bound:
         return _residence(needs[0], frozenset(range(len(units))), 0, budget)
     slots = next(n for n in SLOTS if n * max(units) <= room or n == SLOTS[-1])
-    left = room - slots * max(units)
+    left = min(room - slots * max(units), bound)
     for count in range(len(units) - 1, -1, -1):
         chosen = evenly_spread(count, len(units))
         if sum(units[index] for index in chosen) <= left:

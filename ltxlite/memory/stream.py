@@ -117,6 +117,7 @@ class Streamer:
         self._free: deque[_Slot] = deque()
         self._coming: deque[_Arrival] = deque()
         self._current: _Arrival | None = None
+        self._count = 0  # of slots
         self._ahead = 0  # place in _order of the next block to send
         self._views: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._walk: object | None = None
@@ -167,6 +168,21 @@ class Streamer:
                 self._leave()
                 self._walk = None
 
+    def rest(self) -> None:
+        """Give the slots back while another network works; the next walk takes them again.
+
+        Resident blocks stay. Raises RuntimeError in the middle of a walk.
+        """
+        if self._walk is not None:
+            raise RuntimeError("a walk is under way: its blocks lie in the slots")
+        if self._closed:
+            return
+        self._machine.drain()
+        self._start_over()
+        self._slots.clear()
+        self._free.clear()
+        self._views.clear()
+
     def close(self) -> None:
         """Stop the threads and free all memory; the modules have no values afterwards.
 
@@ -208,12 +224,18 @@ class Streamer:
         self._send_ahead()
 
     def _allocate(self, placement: Placement) -> None:
-        largest = max((self._sizes[number] for number in self._order), default=0)
-        count = placement.slots if self._order else 0
-        buffers = [self._machine.device_buffer(largest) for _ in range(count)]
+        self._count = placement.slots if self._order else 0
+        buffers = self._slot_buffers()
         for number, size in enumerate(self._sizes):
             if number not in self._order:
                 self._resident[number] = self._machine.device_buffer(size)
+        self._fill_slots(buffers)
+
+    def _slot_buffers(self) -> list[Tensor]:
+        largest = max((self._sizes[number] for number in self._order), default=0)
+        return [self._machine.device_buffer(largest) for _ in range(self._count)]
+
+    def _fill_slots(self, buffers: Sequence[Tensor]) -> None:
         # An allocator may hand out memory that the compute queue is not done with.
         begun = self._machine.reached()
         self._slots = [_Slot(number, buffer, begun) for number, buffer in enumerate(buffers)]
@@ -239,6 +261,8 @@ class Streamer:
         self._leave()
         if not self._finished:
             self._start_over()
+        if self._order and not self._slots:
+            self._fill_slots(self._slot_buffers())
         self._finished = False
         self._walk = object()
         return self._walk

@@ -32,7 +32,7 @@ CPU_CHUNK_ELEMENTS = 1 << 16
 DEVICE_CHUNK_ELEMENTS = 1 << 22
 # In torch, a thread's chunk is just below what torch would share among threads of its own: those of
 # several chunks would wait for each other.
-TORCH_CHUNK_ELEMENTS = 127 << 8
+TORCH_CHUNK_ELEMENTS = 120 << 8
 # A channel of no importance still counts this share of the mean, so that its codes are near.
 LEAST_IMPORTANCE = 1e-6
 

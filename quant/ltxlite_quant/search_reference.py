@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ltxlite_quant.search_plan import AffinePlan, AffineScales, ScaledPlan, Scales
-from ltxlite_quant.search_torch import are_integers, nearest_levels, sum_in_order
+from ltxlite_quant.search_torch import are_integers, nearest_levels
 
 NOTHING = 1e-15  # a group whose largest value is smaller counts as zero
 SWEEPS = 5
@@ -59,7 +59,7 @@ def reference_affine(
     x = _by_element(values, plan.group)
     if importance is None:
         size = x.abs()
-        w = size if name == "Q2_K" else _root(sum_in_order(x * x) / plan.group) + size
+        w = size if name == "Q2_K" else _root(_sum(x * x) / plan.group) + size
         scale, minimum = _fit_affine(x, w, plan.highest_code, AFFINE_FITS[name])
         d, scales = _shared_by_largest(scale, plan.highest_scale)
         dmin, minimums = _shared_by_largest(minimum, plan.highest_scale)
@@ -67,7 +67,7 @@ def reference_affine(
         spread = _spread(values, 1 if name == "Q2_K" else 2)
         w = _by_element(importance, plan.group) * _root(spread[:, None] + x * x)
         scale, minimum = _fit_affine(x, w, plan.highest_code, WEIGHTED_FIT)
-        weight = sum_in_order(w)  # (n, G)
+        weight = _sum(w)  # (n, G)
         d, scales = _shared_by_fit(scale, weight, plan.highest_scale)
         dmin, minimums = _shared_by_fit(minimum, weight, plan.highest_scale)
     return AffineScales(_stored(d), _stored(dmin), scales, minimums)
@@ -93,7 +93,7 @@ def reference_scaled(
     else:
         scale = _fit_signed(x, w, -plan.levels[0])[0]
     if name == "Q3_K" and importance is not None:
-        d, scales = _fit_signed(scale.T, sum_in_order(w).T, -plan.lowest_scale)
+        d, scales = _fit_signed(scale.T, _sum(w).T, -plan.lowest_scale)
         return Scales(_stored(d), scales.T.contiguous())
     if plan.lowest_scale == plan.highest_scale:
         return Scales(_stored(scale[:, 0]), torch.ones_like(scale))
@@ -105,7 +105,7 @@ def _fit_affine(x: Tensor, w: Tensor, highest: float, fit: AffineFit) -> tuple[T
     # Procedure A: scale and minimum (n, G), the minimum as what is subtracted.
     high, low = x.amax(0), x.amin(0).clamp_(max=0)
     is_flat, flat = high <= low, low
-    weight, total = sum_in_order(w), sum_in_order(w * x)
+    weight, total = _sum(w), _sum(w * x)
     inverse = _over(highest, high - low)
     scale = _over(1, inverse)
     least = _affine_error(x, w, _codes(x, low, inverse, highest), scale, low, fit)
@@ -130,7 +130,7 @@ def _affine_error(
     x: Tensor, w: Tensor, codes: Tensor, scale: Tensor, low: Tensor, fit: AffineFit
 ) -> Tensor:
     miss = (codes * scale).add_(low).sub_(x)
-    return sum_in_order((miss.abs_() if fit.is_absolute else miss.square_()).mul_(w))
+    return _sum((miss.abs_() if fit.is_absolute else miss.square_()).mul_(w))
 
 
 def _fit_codes(
@@ -140,9 +140,9 @@ def _fit_codes(
     weight, total = sums
     weighted = codes * w
     linear, squares, products = (
-        sum_in_order(weighted),
-        sum_in_order(weighted * codes),
-        sum_in_order(weighted * x),
+        _sum(weighted),
+        _sum(weighted * codes),
+        _sum(weighted * x),
     )
     determinant = weight * squares - linear * linear
     scale = (weight * products - total * linear) / determinant
@@ -184,7 +184,7 @@ def _shared_by_fit(scales: Tensor, weight: Tensor, top: float) -> tuple[Tensor, 
     for step in (0, *range(-4, 0), *range(1, 5)):
         tried = _over(float(np.float32(0.1) * np.float32(step) + np.float32(top)), largest)
         miss = x - _over(1, tried) * (tried * x).round_().clamp_(max=top)
-        error = sum_in_order(w * miss * miss)
+        error = _sum(w * miss * miss)
         inverse, least = torch.where(error < least, tried, inverse), torch.minimum(error, least)
     codes = (inverse * x).round_().clamp_(max=top)
     squares, products = _descend(x, w, codes, (0, top))
@@ -245,7 +245,7 @@ def _fit_levels(x: Tensor, w: Tensor, levels: tuple[float, ...]) -> Tensor:
             inverse = _over(1, largest / largest.new_full((), -levels[0]))
         tried = nearest_levels(inverse * x, levels)
         weighted = w * tried
-        squares, products = sum_in_order(weighted * tried), sum_in_order(weighted * x)
+        squares, products = _sum(weighted * tried), _sum(weighted * x)
         less = (squares > 0) & (products * products > best * squares)
         if step is None:
             less = squares == squares
@@ -256,17 +256,28 @@ def _fit_levels(x: Tensor, w: Tensor, levels: tuple[float, ...]) -> Tensor:
 
 def _level_sums(x: Tensor, w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     weighted = w * levels
-    return sum_in_order(weighted * levels), sum_in_order(w * x * levels)
+    return _sum(weighted * levels), _sum(w * x * levels)
 
 
 def _spread(values: Tensor, factor: int) -> Tensor:
     # (n,): the mean square of a block, times a factor.
-    return sum_in_order((values * values).T.contiguous()) * factor / values.shape[1]
+    return _sum((values * values).T.contiguous()) * factor / values.shape[1]
 
 
 def _root(numbers: Tensor) -> Tensor:
     # torch's of fp32 is one ULP off for one number of two hundred
     return numbers.double().sqrt_().float()
+
+
+def _sum(terms: Tensor) -> Tensor:
+    # Over the first dimension, in order.  numpy does so in one call, but not within a single row.
+    if terms.device.type == "cpu" and terms[0].numel() > 1:
+        with np.errstate(all="ignore"):  # the reference overflows silently, too
+            return torch.from_numpy(np.add.reduce(terms.contiguous().numpy(), axis=0))
+    total = terms[0].clone()
+    for term in terms[1:]:
+        total += term
+    return total
 
 
 def _nearest_integer(numbers: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ are then sums of long rows, several times faster than over 16 or 32 neighbours.
 from functools import cache
 from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,9 @@ FP16_MAX = 65504.0
 FP16_TINY = 2.0**-24  # smallest subnormal fp16
 # Below this share of what it is a difference of, a determinant is rounding noise.
 SINGULAR = 1e-6
+# torch adds up this many columns in one order, and those that remain in another; a block's bytes
+# would hang on which others it is searched with.
+COLUMNS = 64
 
 Pass = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -27,10 +29,8 @@ def search_affine(values: Tensor, weights: Tensor, plan: AffinePlan) -> AffineSc
 
     values, weights: (n, 256) fp32.  Follows `plan`; the twin of `search_numba.search_affine`.
     """
-    x = _by_element(values, plan.group)
-    # Of one row, too: a product with weights that are not repeated takes three times as long.
-    w = _by_element(weights, plan.group).expand_as(x).contiguous()
-    sums = _sum(w), _sum(w * x)  # (n, G) each
+    x, w = _prepared(values, weights, plan.group)
+    sums = w.sum(0), (w * x).sum(0)  # (n, G) each
     scale, minimum = _fit_affine(x, w, sums, plan)
     largest = scale.amax(1), (-minimum).amax(1)  # (n,)
     best: tuple[Tensor, ...] | None = None
@@ -38,11 +38,11 @@ def search_affine(values: Tensor, weights: Tensor, plan: AffinePlan) -> AffineSc
         d, dmin = round_fp16(largest[0] / scale_divisor), round_fp16(largest[1] / minimum_divisor)
         for _ in range(plan.rounds):
             codes, trial = _affine_integers(x, w, (scale, minimum), (d, dmin), plan)
-            found = (_sum(trial[0].T), d, dmin, *codes)
+            found = (trial[0].sum(1), d, dmin, *codes)
             best = found if best is None else _better(found, best)
             d, dmin = _fit_affine_block(codes, trial, sums, (d, dmin))
     assert best is not None
-    return AffineScales(*best[1:])
+    return AffineScales(*(found[: len(values)] for found in best[1:]))
 
 
 def search_scaled(values: Tensor, weights: Tensor, plan: ScaledPlan) -> Scales:
@@ -50,48 +50,41 @@ def search_scaled(values: Tensor, weights: Tensor, plan: ScaledPlan) -> Scales:
 
     values, weights: (n, 256 or 32) fp32.  Follows `plan`; the twin of `search_numba.search_scaled`.
     """
-    x = _by_element(values, plan.group)
-    # Of one row, too: a product with weights that are not repeated takes three times as long.
-    w = _by_element(weights, plan.group).expand_as(x).contiguous()
+    x, w = _prepared(values, weights, plan.group)
     scale = _fit_scaled(x, w, plan)
     largest = _signed_largest(scale, 1)  # (n,)
     nothing = torch.zeros_like(largest)
-    best: tuple[Tensor, ...] = (_sum(_sum(x * x * w).T), nothing, torch.zeros_like(scale))
+    best: tuple[Tensor, ...] = ((x * x * w).sum((0, 2)), nothing, torch.zeros_like(scale))
     for divisor in plan.divisors:
         d = round_fp16(largest / divisor)
         for _ in range(plan.rounds):
             codes, trial = _scaled_integers(x, w, (scale, d), plan)
-            found = (_sum(trial[0].T), d, codes)
+            found = (trial[0].sum(1), d, codes)
             best = _better(found, best)
-            squares, products = _sum((codes * codes * trial[1]).T), _sum((codes * trial[2]).T)
+            squares, products = (codes * codes * trial[1]).sum(1), (codes * trial[2]).sum(1)
             d = torch.where(squares > 0, round_fp16(_divided(products, squares)), d)
-    return Scales(*best[1:])
+    return Scales(*(found[: len(values)] for found in best[1:]))
+
+
+def _prepared(values: Tensor, weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    # Values and weights by element, with zero blocks to `COLUMNS`.
+    blocks = COLUMNS * group // values.shape[1] or 1
+    x = _by_element(_padded(values, blocks), group)
+    # Of one row, too: a product with weights that are not repeated takes three times as long.
+    w = _by_element(weights if len(weights) == 1 else _padded(weights, blocks), group)
+    return x, w.expand_as(x).contiguous()
+
+
+def _padded(values: Tensor, blocks: int) -> Tensor:
+    missing = -len(values) % blocks
+    if not missing:
+        return values
+    return torch.cat([values, values.new_zeros(missing, values.shape[1])])
 
 
 def are_integers(levels: tuple[float, ...]) -> bool:
     """Tell whether levels are neighbouring integers, so that rounding finds the nearest."""
     return len(levels) == levels[-1] - levels[0] + 1
-
-
-def sum_in_order(terms: Tensor) -> Tensor:
-    """Add the rows (S, ...) one after another, as a loop over elements does: (...).
-
-    torch's own order varies with the number of columns, so that a block's bytes would hang on which
-    others are searched with it.
-    """
-    if terms.device.type == "cpu" and terms[0].numel() > 1:
-        # numpy keeps the order between rows, but not within a single one.
-        with np.errstate(all="ignore"):  # overflow is as silent as torch's
-            return torch.from_numpy(np.add.reduce(terms.contiguous().numpy(), axis=0))
-    total = terms[0].clone()
-    for term in terms[1:]:
-        total += term
-    return total
-
-
-def _sum(terms: Tensor) -> Tensor:
-    # Elsewhere a call a row would take too long.
-    return sum_in_order(terms) if terms.device.type == "cpu" else terms.sum(0)
 
 
 def nearest_levels(numbers: Tensor, levels: tuple[float, ...]) -> Tensor:
@@ -182,16 +175,16 @@ def _fit_affine(
 def _affine_error(x: Tensor, w: Tensor, fit: tuple[Tensor, Tensor], plan: AffinePlan) -> Tensor:
     # Its sum over the group, (n, G).
     codes = _affine_levels(x, *fit, plan.highest_code)
-    return _sum(codes.mul_(fit[0]).add_(fit[1]).sub_(x).square_().mul_(w))
+    return codes.mul_(fit[0]).add_(fit[1]).sub_(x).square_().mul_(w).sum(0)
 
 
 def _affine_pass(x: Tensor, w: Tensor, fit: tuple[Tensor, Tensor], plan: AffinePlan) -> Pass:
     # Sums over the group, (n, G): error; weighted code, its square, its product with the value.
     codes = _affine_levels(x, *fit, plan.highest_code)
-    error = _sum((codes * fit[0]).add_(fit[1]).sub_(x).square_().mul_(w))
+    error = (codes * fit[0]).add_(fit[1]).sub_(x).square_().mul_(w).sum(0)
     weighted = codes * w
-    products = _sum(weighted * x)
-    return error, _sum(weighted), _sum(weighted.mul_(codes)), products
+    products = (weighted * x).sum(0)
+    return error, weighted.sum(0), weighted.mul_(codes).sum(0), products
 
 
 def _fit_affine_group(
@@ -240,10 +233,10 @@ def _fit_affine_block(
     # Least squares for d and dmin (n,), with the integers and codes of all groups as they are.
     scale, minimum = codes
     _, linear, squares, products = trial
-    scale_squares = _sum((scale * scale * squares).T)
-    minimum_squares = _sum((minimum * minimum * sums[0]).T)
-    mixed = -_sum((scale * minimum * linear).T)
-    scale_product, minimum_product = _sum((scale * products).T), -_sum((minimum * sums[1]).T)
+    scale_squares = (scale * scale * squares).sum(1)
+    minimum_squares = (minimum * minimum * sums[0]).sum(1)
+    mixed = -(scale * minimum * linear).sum(1)
+    scale_product, minimum_product = (scale * products).sum(1), -(minimum * sums[1]).sum(1)
     both = scale_squares * minimum_squares
     determinant = both - mixed * mixed
     d = _divided(minimum_squares * scale_product - mixed * minimum_product, determinant)
@@ -276,10 +269,10 @@ def _scaled_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Sums over the group, (n, G): error; weighted square of the level, its product with the value.
     levels = nearest_levels(x * _inverse(scale), plan.levels)
-    error = _sum((levels * scale).sub_(x).square_().mul_(w))
+    error = (levels * scale).sub_(x).square_().mul_(w).sum(0)
     weighted = levels * w
-    products = _sum(weighted * x)
-    return error, _sum(weighted.mul_(levels)), products
+    products = (weighted * x).sum(0)
+    return error, weighted.mul_(levels).sum(0), products
 
 
 def _scaled_integers(

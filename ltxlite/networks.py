@@ -115,6 +115,12 @@ class Networks(NetworkConfigs):
         self.lora_models: list[OpenModel] = []  # their factors may be read from their files
         self.on_load: Callable[[Loaded], None] | None = None
 
+    def close(self) -> None:
+        """End the queue that blocks moved on; networks that are still there are of no use then."""
+        if self.memory is not None:
+            self.memory.machine.close()
+            self.memory = None
+
     def naming(self, component: str) -> Naming:
         """Return how a network's checkpoint names become module names."""
         return NAMINGS[component]

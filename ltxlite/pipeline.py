@@ -7,7 +7,7 @@ Source of the recipes: LTX-2 400fd31, ltx_pipelines; restated in model.md 5.
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def generate(
     networks.on_load = lambda loaded: report.note(loaded.line())
     clock = Clock(report)
     make_plan(request, networks, means, clock)
-    with SavedRun(request, networks, report.note) as saved:
+    with closing(networks), SavedRun(request, networks, report.note) as saved:
         progress = (None if means.fresh else saved.load()) or beginning(request, networks)
         latents = sample_latents(request, networks, progress, clock, saved.save, means)
         clock.begin("decode sound", 1)
@@ -133,6 +133,7 @@ def make_plan(
     plan = plan_job(networks, request, means.budget, open_loras(request, networks), rung)
     for line in plan.lines():
         clock.note(line)
+    networks.close()  # whatever an earlier plan used
     networks.memory, networks.window = plan.memory(networks.device), plan.window
 
 

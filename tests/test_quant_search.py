@@ -157,7 +157,8 @@ def test_chunks_and_threads_do_not_show(engine, monkeypatch):
     for name in ("Q4_K", "Q6_K"):
         whole = quantize(values, FORMATS[name], importance=importance).blocks
         with monkeypatch.context() as patch:
-            patch.setattr(search, "CPU_CHUNK_ELEMENTS", 256 * 3)  # 35 blocks: 11 * 3 + 2
+            for chunk in ("COMPILED_CHUNK_ELEMENTS", "TORCH_CHUNK_ELEMENTS"):
+                patch.setattr(search, chunk, 256 * 3)  # 35 blocks: 11 * 3 + 2
             parts = quantize(values, FORMATS[name], importance=importance).blocks
             with torch.inference_mode():  # threads do not inherit it
                 inferred = quantize(values, FORMATS[name], importance=importance).blocks

@@ -45,10 +45,10 @@ def memory(placement: Placement, counts: dict[str, int]) -> Memory:
     return Memory(CpuMachine(Faults(poison=True)), placements)
 
 
-def streamed(networks: Networks, name: str) -> Networks:
-    counts = {"transformer": networks.transformer_config().layers}
-    networks.memory = memory(PLACEMENTS[name], counts)
-    return networks
+def streamed(shared: Networks, name: str) -> Networks:
+    counts = {"transformer": shared.transformer_config().layers}
+    given = memory(PLACEMENTS[name], counts)
+    return Networks(shared.files, shared.device, shared.dtype, memory=given)
 
 
 def velocities(transformer: Transformer, given: Pass) -> list[bytes]:

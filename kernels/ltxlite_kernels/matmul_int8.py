@@ -219,7 +219,9 @@ if HAVE_TRITON:
             a_at += BLOCK_K
             w_at += BLOCK_K
         if TAIL:
-            inside = (offs_k < K % BLOCK_K)[None, :]
+            # Not offs_k < K % BLOCK_K: of a remainder triton 3.6 does not know that 16 divides it,
+            # and would read single bytes.
+            inside = (K // BLOCK_K * BLOCK_K + offs_k < K)[None, :]
             left = tl.load(a_at, mask=inside, other=0)
             right = tl.load(w_at, mask=inside, other=0)
             sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)

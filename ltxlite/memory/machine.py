@@ -185,6 +185,7 @@ class CpuMachine:
     def __init__(self, faults: Faults | None = None) -> None:
         self._faults = faults or Faults()
         self._queue = ThreadPoolExecutor(1, thread_name_prefix="ltxlite-copy")
+        self._closed = False
         self._lock = threading.Lock()
         self._waiting: list[_Copy] = []
         self._allocations = 0
@@ -235,11 +236,13 @@ class CpuMachine:
             raise RuntimeError("a copy to the device failed")
 
     def drain(self) -> None:
-        """Wait until the thread has nothing left."""
-        self._queue.submit(int).result()  # a task a copy, first in, first out
+        """Wait until the thread has nothing left; after `close` it has ended with nothing left."""
+        if not self._closed:
+            self._queue.submit(int).result()  # a task a copy, first in, first out
 
     def close(self) -> None:
         """End the thread."""
+        self._closed = True
         self._queue.shutdown(wait=True)
 
     def _refuses(self, kind: str) -> bool:

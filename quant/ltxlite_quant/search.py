@@ -26,13 +26,13 @@ from ltxlite_quant.search_plan import PLANS, AffinePlan, AffineScales, Effort, S
 from ltxlite_quant.search_reference import reference_affine, reference_scaled
 from ltxlite_quant.tensor import QuantTensor
 
-# Elements searched at a time.  CPU: temporaries stay in the second-level cache.  GPU: 16 MiB of
-# fp32, enough to fill any card, and some twenty temporaries of the size.
-CPU_CHUNK_ELEMENTS = 1 << 16
-DEVICE_CHUNK_ELEMENTS = 1 << 22
-# In torch, a thread's chunk is just below what torch would share among threads of its own: those of
-# several chunks would wait for each other.
+# Elements searched at a time.  CPU: temporaries stay in the second-level cache; in torch there are
+# just fewer than it would share among threads of its own, those of several chunks waiting for each
+# other (25 times as long on busy cores).  GPU: 16 MiB of fp32, enough to fill any card, and some
+# twenty temporaries of the size.
+COMPILED_CHUNK_ELEMENTS = 1 << 16
 TORCH_CHUNK_ELEMENTS = 120 << 8
+DEVICE_CHUNK_ELEMENTS = 1 << 22
 # A channel of no importance still counts this share of the mean, so that its codes are near.
 LEAST_IMPORTANCE = 1e-6
 
@@ -111,20 +111,20 @@ def quantize(
         sources.new_empty(len(sources), block_format.block_bytes, dtype=torch.uint8),
         sources.new_empty(len(sources), dtype=torch.bool),
     )
-    on_cpu = values.device.type == "cpu"
-    chunk = CPU_CHUNK_ELEMENTS if on_cpu else DEVICE_CHUNK_ELEMENTS
-    # Compiled chunks run in threads, as many as torch may use; torch has threads of its own.
-    threads = torch.get_num_threads() if on_cpu and _compiled() else 1
-    _run(partial(_search_chunk, job), len(sources), chunk // size, threads)
+    _run(partial(_search_chunk, job), len(sources), sources, _backend(sources))
     rows = job.special.nonzero().flatten()
-    chunk, threads = (TORCH_CHUNK_ELEMENTS, torch.get_num_threads()) if on_cpu else (chunk, 1)
-    _run(partial(_search_again, job, rows), len(rows), chunk // size, threads)
+    _run(partial(_search_again, job, rows), len(rows), sources, search_torch)
     return QuantTensor(job.blocks.view(-1, row_bytes), block_format, tuple(values.shape))
 
 
-def _run(task: Callable[[int, int], None], count: int, step: int, threads: int) -> None:
+def _run(task: Callable[[int, int], None], count: int, sources: Tensor, backend: Any) -> None:
+    # On a CPU, in as many threads as torch may use.
+    on_cpu = sources.device.type == "cpu"
+    chunk = TORCH_CHUNK_ELEMENTS if backend is search_torch else COMPILED_CHUNK_ELEMENTS
+    step = (chunk if on_cpu else DEVICE_CHUNK_ELEMENTS) // sources.shape[1]
     starts = range(0, count, step)
     stops = [min(start + step, count) for start in starts]
+    threads = torch.get_num_threads() if on_cpu else 1
     if threads == 1 or len(starts) <= 1:
         list(map(task, starts, stops))
         return

@@ -15,6 +15,8 @@ RUN = 16  # the smallest group of a format
 TINY = IQ4_VALUES[-1] * 2.0**-14
 HUGE = 2.0**15  # half of what fp16 holds
 APART = 24  # root mean squares of the other values that make an outlier
+# Energy over that of the second differences: noise has 1/6, a ramp much more.
+SMOOTH = 64
 
 
 def find_special(values: Tensor, largest: Tensor) -> Tensor:
@@ -22,15 +24,15 @@ def find_special(values: Tensor, largest: Tensor) -> Tensor:
 
     largest: (n,), their largest magnitudes.
     They are neither zero nor a sample of anything smooth: nearly nothing or huge, an outlier among
-    small values, a quarter of the values equal to their neighbours or to the largest, or a run of
-    16 of which none is below a quarter of another (constants, zeros, ramps).
+    small values, a quarter of the values equal to their neighbours or to the largest, a ramp, or a
+    run of 16 of which none is below a quarter of another (constants, zeros).
     """
     runs = values.view(len(values), -1, RUN)
     low, high = runs.amin(2), runs.amax(2)
     same = (values[:, 1:] == values[:, :-1]).sum(1) + (values.abs() == largest[:, None]).sum(1)
-    outlier = largest * largest
-    rest = (values * values).sum(1) - outlier
-    special = outlier * values.shape[1] > rest * APART**2
+    outlier, energy = largest * largest, (values * values).sum(1)
+    special = outlier * values.shape[1] > (energy - outlier) * APART**2
+    special |= values.diff(n=2, dim=1).square_().sum(1) * SMOOTH < energy
     special |= (largest < TINY) | (largest > HUGE) | (same > values.shape[1] // 4)
     special |= (torch.maximum(low, -high) >= torch.maximum(high, -low) * 0.25).any(1)
     return special & (largest > 0)

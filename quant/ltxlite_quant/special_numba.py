@@ -17,7 +17,8 @@ def find_special(values: Tensor, largest: Tensor) -> Tensor:
     """Tell which blocks must be searched again; the twin of `special.find_special`."""
     found = np.empty(len(values), np.bool_)
     # Arguments: constants of another module would stay what they were when numba compiled this.
-    limits = np.float32(special.TINY), np.float32(special.HUGE), np.float32(special.APART**2)
+    given = (special.TINY, special.HUGE, special.APART**2, special.SMOOTH)
+    limits = tuple(np.float32(limit) for limit in given)
     _find_special(values.contiguous().numpy(), largest.numpy(), limits, found)
     return torch.from_numpy(found)
 
@@ -32,18 +33,22 @@ def _find_special(x: Any, largest: Any, limits: Any, found: Any) -> None:
 def _is_special(values: Any, largest: Any, limits: Any) -> Any:
     if largest == ZERO:
         return False
-    tiny, huge, apart = limits
+    tiny, huge, apart, smooth = limits
     energy, outlier = ZERO, largest * largest
     for i in range(len(values)):  # by an index: over the values, it takes 16 times as long
         energy += values[i] * values[i]
     if largest < tiny or largest > huge or outlier * len(values) > (energy - outlier) * apart:
         return True
+    bends = ZERO
+    for i in range(len(values) - 2):  # counted from 0, or it takes five times as long
+        bend = values[i] + values[i + 2] - values[i + 1] - values[i + 1]
+        bends += bend * bend
     same = ZERO  # fp32, like the values: integers of another size would not be vectorised
     for i in range(len(values)):
         same += ONE if abs(values[i]) == largest else ZERO
     for i in range(1, len(values)):
         same += ONE if values[i] == values[i - 1] else ZERO
-    return same > len(values) // 4 or _has_narrow_run(values)
+    return bends * smooth < energy or same > len(values) // 4 or _has_narrow_run(values)
 
 
 @compiled

@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; 0 is fine, 1 a red gate or a missed target, 2 wrong usage."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["vram"]:
-        return vram.main(given[1:])  # counts instead of timing, with options of its own
+        return vram.main(given[1:])  # these two count instead of timing, with options of their own
+    if given[:1] == ["compile"]:
+        return importlib.import_module("benchmarks.compile").main(given[1:])  # needs triton
     parser, options = _parse(given)
     if options.check and options.runs < CHECKED_RUNS:
         parser.error(f"--check needs --runs {CHECKED_RUNS} or more, got {options.runs}")

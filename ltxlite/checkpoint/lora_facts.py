@@ -183,7 +183,7 @@ def _dotted(module: str) -> str:
 
 def _factor(model: OpenModel, key: str) -> int:
     text = str(model.metadata.get(key, "1"))
-    if not text.isdigit() or not 1 <= int(text) <= 64:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise CheckpointError(
             f"{model.path}: {key} is {text!r}, wanted a whole number from 1 to 64"
         )

@@ -19,6 +19,7 @@ from ltxlite.checkpoint.files import ModelFiles, OpenModel
 from ltxlite.checkpoint.stored import StoredTensor
 from ltxlite.checkpoint.variant import variant_of
 from ltxlite.convert import gemma
+from ltxlite.convert.inferred import configuration
 from ltxlite.convert.layout import Key, boolean, integer, number, shape_keys, text, unsigned
 from ltxlite.convert.rows import Planned
 from ltxlite.convert.source import SourceFile, source_files
@@ -113,7 +114,7 @@ def plan_conversion(
         Planned(item, found[item.name][0], shifts.get(item.name, 0.0)) for item in decisions
     )
     _refuse_unwritable(tensors)
-    notes = _notes(files, part, family, tensors)
+    notes = _notes(networks, part, family, tensors)
     if weighting is not None:
         tensors, told = weighting.applied(tensors)
         notes += told
@@ -247,7 +248,7 @@ def _keys(
     keys.setdefault("general.name", text(_title(model, part)))
     if encoder:
         return keys | gemma.keys(model, networks.gemma_config()) | _own(sources, part, recipe)
-    config, _ = networks.files.config_of(PARTS[part].needed[0])
+    config, _ = configuration(networks, PARTS[part].needed[0])
     if config is not None:
         compact = json.dumps(config, ensure_ascii=False, separators=(",", ":"))
         keys["config"] = text(compact)
@@ -290,7 +291,7 @@ def _title(model: OpenModel, part: str) -> str:
 
 
 def _notes(
-    files: ModelFiles, part: str, family: str | None, tensors: tuple[Planned, ...]
+    networks: Networks, part: str, family: str | None, tensors: tuple[Planned, ...]
 ) -> list[str]:
     notes = []
     kinds = {t.source.format.name for t in tensors if t.source.format.is_quantized}
@@ -299,10 +300,10 @@ def _notes(
         notes.append(f"the source holds {', '.join(sorted(kinds))} tensors: {_LOSSY}")
     if family == "2.0":
         notes.append("LTX-2.0: the connectors stay in their own file, beside the text projection")
-    if part == "transformer" and files.config_of("transformer")[0] is None:
+    if part == "transformer" and configuration(networks, part)[1]:
         notes.append(
-            "no configuration in the source: ltxlite needs none, but ComfyUI does for LTX-2.3; "
-            "give a file that has it as another input, or its JSON as INPUT.config.json"
+            f"no configuration in the source: written from its shapes and what LTX-{family} has in "
+            "common; to keep another one, give its JSON as INPUT.config.json"
         )
     if part == "text_encoder":
         notes.append("the text model alone: what reads pictures stays out, prompts do not need it")
@@ -312,6 +313,6 @@ def _notes(
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort by numbers where there are some: block 2 before block 10."""
     return [
-        (1, int(piece), "") if piece.isdigit() else (0, 0, piece)
+        (1, int(piece), "") if piece.isdecimal() else (0, 0, piece)
         for piece in re.split(r"(\d+)", name)
     ]

@@ -1,9 +1,13 @@
 """Blocks that no smooth distribution gives: never worse than llama.cpp's, one by one."""
 
+import hashlib
+
 import ggml_oracle
 import numpy as np
 import pytest
 import torch
+from test_quant_decode import lcg_values
+from test_quant_search import GOLDEN
 from weight_samples import weight_samples
 
 from ltxlite_quant import search, search_torch, special
@@ -165,6 +169,14 @@ def test_the_reference_has_the_scales_of_llama_cpp_to_the_last_bit(name, given):
         ours = search._reference(x[:count], weights, Target(name, PLANS[name]["default"]))
         for part in SCALE_BYTES[name]:
             assert torch.equal(ours[:, part], theirs[:count, part])
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "IQ4_NL"])
+def test_the_reference_makes_the_golden_blocks(name):
+    # But for IQ4_NL, whose codes llama.cpp chooses before it rounds d to fp16.
+    x = torch.from_numpy(lcg_values())[None]
+    made = search._reference(x, None, Target(name, PLANS[name]["default"]))
+    assert hashlib.sha256(made.numpy().tobytes()).hexdigest()[:16] == GOLDEN[name][1]
 
 
 @pytest.mark.parametrize("given", [None, "drawn"])

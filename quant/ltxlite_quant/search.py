@@ -26,12 +26,11 @@ from ltxlite_quant.search_plan import PLANS, AffinePlan, AffineScales, Effort, S
 from ltxlite_quant.search_reference import reference_affine, reference_scaled
 from ltxlite_quant.tensor import QuantTensor
 
-# Elements searched at a time.  CPU: temporaries stay in the second-level cache; in torch there are
-# just fewer than it would share among threads of its own, those of several chunks waiting for each
-# other (25 times as long on busy cores).  GPU: 16 MiB of fp32, enough to fill any card, and some
-# twenty temporaries of the size.
+# Elements searched at a time.  Compiled: temporaries stay in the second-level cache.  In torch on a
+# CPU: two threads still share them, and half as many take 25 % longer.  GPU: 16 MiB of fp32, enough
+# to fill any card, and some twenty temporaries of the size.
 COMPILED_CHUNK_ELEMENTS = 1 << 16
-TORCH_CHUNK_ELEMENTS = 120 << 8
+TORCH_CHUNK_ELEMENTS = 1 << 17
 DEVICE_CHUNK_ELEMENTS = 1 << 22
 # A channel of no importance still counts this share of the mean, so that its codes are near.
 LEAST_IMPORTANCE = 1e-6
@@ -118,13 +117,15 @@ def quantize(
 
 
 def _run(task: Callable[[int, int], None], count: int, sources: Tensor, backend: Any) -> None:
-    # On a CPU, in as many threads as torch may use.
-    on_cpu = sources.device.type == "cpu"
-    chunk = TORCH_CHUNK_ELEMENTS if backend is search_torch else COMPILED_CHUNK_ELEMENTS
-    step = (chunk if on_cpu else DEVICE_CHUNK_ELEMENTS) // sources.shape[1]
-    starts = range(0, count, step)
-    stops = [min(start + step, count) for start in starts]
-    threads = torch.get_num_threads() if on_cpu else 1
+    # Compiled chunks run in threads, as many as torch may use; torch has threads of its own, and
+    # its small operations in several of ours take three times as long.
+    is_compiled = backend is not search_torch
+    chunk = COMPILED_CHUNK_ELEMENTS if is_compiled else TORCH_CHUNK_ELEMENTS
+    if sources.device.type != "cpu":
+        chunk = DEVICE_CHUNK_ELEMENTS
+    starts = range(0, count, chunk // sources.shape[1])
+    stops = [min(start + starts.step, count) for start in starts]
+    threads = torch.get_num_threads() if is_compiled else 1
     if threads == 1 or len(starts) <= 1:
         list(map(task, starts, stops))
         return

@@ -10,6 +10,8 @@ from torch import Tensor
 from ltxlite_quant.search_plan import AffinePlan, AffineScales, ScaledPlan, Scales
 from ltxlite_quant.search_torch import are_integers
 
+TRIALS = 1 << 15  # at a time, 256 KiB of fp64; Q6_K has 4096 a value
+
 
 def constant_affine(values: Tensor, plan: AffinePlan) -> AffineScales:
     """Find the scales and minimums of least error: values (n,) fp32, one a block.
@@ -38,13 +40,20 @@ def constant_scaled(values: Tensor, plan: ScaledPlan, size: int) -> Scales:
 
 def _nearest(values: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     # (n,) each: d, and the scale of which one of the levels comes nearest; fp32.
-    products = scales[:, None] * levels  # (scales, levels)
-    wanted = values.double()[:, None]
-    units = (wanted / products.flatten()).half().double()  # (n, scales * levels)
-    miss = (units * products.flatten() - wanted).abs()
-    best = miss.nan_to_num(nan=torch.inf).argmin(1)  # d beyond fp16
-    d = units.gather(1, best[:, None])[:, 0].float()
+    products = (scales[:, None] * levels).double().flatten()
+    parts = values.double().split(max(1, TRIALS // len(products)))
+    d, best = (
+        torch.cat(found) for found in zip(*(_tried(part, products) for part in parts), strict=True)
+    )
     return d, scales[best // len(levels)]
+
+
+def _tried(values: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    # (n,) each: d, and the index of its product.
+    units = (values[:, None] / products).half().double()  # (n, products)
+    miss = (units * products).sub_(values[:, None]).abs_()
+    best = miss.nan_to_num_(nan=torch.inf).argmin(1)  # d beyond fp16
+    return units.gather(1, best[:, None])[:, 0].float(), best
 
 
 def _repeated(scale: Tensor, groups: int) -> Tensor:

@@ -36,7 +36,8 @@ def encode_prompts(
     cache: contexts of earlier runs; where it has all, no network is loaded.
     """
     found: dict[str, Contexts] = {}
-    makers = f"{networks.identity(ENCODERS)}; {networks.device.type}; {networks.dtype}"
+    at_load = "" if networks.at_load is None else networks.at_load.format.name
+    makers = f"{networks.identity(ENCODERS)}; {networks.device.type}; {networks.dtype}; {at_load}"
     for text in dict.fromkeys(prompts):
         if cache and (pair := cache.find(makers, text)):
             found[text] = Contexts(*(context.to(networks.device) for context in pair))

@@ -141,6 +141,7 @@ def encode(
     request: Request, networks: Networks, clock: Clock, cache: ContextCache | None = None
 ) -> Prompts:
     """Encode the prompt, and the negative one where some stage needs it."""
+    clock.begin("encode prompt", 1)
     texts = [request.prompt]
     if any(needs_negative(stage) for stage in request.stages):
         texts.append(request.negative or "")
@@ -163,6 +164,7 @@ def sample_latents(
     some: the job goes on behind its last finished step, with a smaller plan.
     """
     means = means or Means()
+    prompts: Prompts | None = None
 
     def keep(step: Progress) -> None:
         nonlocal progress
@@ -171,7 +173,10 @@ def sample_latents(
 
     for rung in range(1, RUNGS + 1):
         try:
-            return _sample(request, networks, progress, clock, keep, means.cache)
+            if progress.stage < len(request.stages):
+                prompts = prompts or encode(request, networks, clock, means.cache)
+                *_, progress = run_stages(request, networks, prompts, progress, clock, keep)
+            return progress.latents
         except (torch.OutOfMemoryError, BudgetError) as error:
             if means.budget is None or rung == RUNGS:
                 raise
@@ -182,22 +187,6 @@ def sample_latents(
             torch.cuda.empty_cache()
         make_plan(request, networks, means, clock, rung)
     raise AssertionError("the last rung returns or raises")
-
-
-def _sample(
-    request: Request,
-    networks: Networks,
-    progress: Progress,
-    clock: Clock,
-    save: Save,
-    cache: ContextCache | None,
-) -> Latents:
-    if progress.stage == len(request.stages):
-        return progress.latents
-    clock.begin("encode prompt", 1)
-    prompts = encode(request, networks, clock, cache)
-    *_, last = run_stages(request, networks, prompts, progress, clock, save)
-    return last.latents
 
 
 def _first_line(error: BaseException) -> str:
@@ -257,7 +246,9 @@ def at_stage_size(
 
 def open_loras(request: Request, networks: Networks) -> list[Lora]:
     """Read the headers of the job's LoRA files. Raises CheckpointError for anything else."""
-    networks.lora_models = [open_lora(Path(path)) for path in request.files.loras]
+    paths = [Path(path) for path in request.files.loras]
+    if [model.path for model in networks.lora_models] != paths:
+        networks.lora_models = [open_lora(path) for path in paths]
     return [read_lora(model) for model in networks.lora_models]
 
 

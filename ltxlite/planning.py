@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from ltxlite.account import Levers, account
+from ltxlite.account import Levers, components_of, job_of, phases, text_phases
 from ltxlite.checkpoint.lora import Lora
 from ltxlite.errors import BudgetError, RequestError
 from ltxlite.geometry import size_multiple
@@ -19,7 +19,6 @@ from ltxlite.models.rolling import GROUP_BYTES
 from ltxlite.models.window import DecodeWindow, choose_window
 from ltxlite.networks import Networks
 from ltxlite.request import Request
-from ltxlite.stages import stage_shape
 
 # Chunks are halved until the job fits: each time the largest temporary halves, and matmuls lose a
 # little of their efficiency. Below 256 rows there is nothing left to gain.
@@ -65,31 +64,54 @@ def plan_job(
     """
     error = None
     budget = replace(budget, vram=int(budget.vram * 0.875**rung))
+    planner = _Planner(networks, request, budget, loras)
     for chunk, group_bytes in LADDER[min(rung, RUNGS - 1) :]:
         levers = Levers(networks.dtype, chunk, group_bytes)
         try:
-            return _fitted(networks, request, budget, loras, levers)
+            return planner.fitted(request, levers)
         except BudgetError as found:
             error = found
-    levers = Levers(networks.dtype, *LADDER[-1])
-    nearest = list(_nearest(networks, request, budget, loras, levers))
+    nearest = list(planner.nearest(request, Levers(networks.dtype, *LADDER[-1])))
     advice = f"; {' or '.join(nearest)} would fit" if nearest else ""
     raise BudgetError(f"{error}{advice}") from None
 
 
-def _fitted(
-    networks: Networks, request: Request, budget: Budget, loras: Sequence[Lora], levers: Levers
-) -> JobPlan:
-    *needs, decode = [phase.need() for phase in account(networks, request, loras, levers)]
-    window = DecodeWindow(levers.group_bytes)
-    if decode.least() > budget.usable:
-        room = budget.usable - decode.fixed - decode.workspace
-        clip = stage_shape(request, request.stages[-1], networks)
-        latents = (clip.frames, clip.rows, clip.columns)
-        itemsize = networks.dtype.itemsize
-        window = choose_window(networks.video_config(), latents, room, itemsize)
-        decode = replace(decode, activations=window.need_bytes)
-    return JobPlan(fit([*beside_transformer(needs), decode], budget), levers, window)
+class _Planner:
+    """Fits variants of one request into one budget; what they share is counted once."""
+
+    def __init__(
+        self, networks: Networks, request: Request, budget: Budget, loras: Sequence[Lora]
+    ) -> None:
+        self._networks, self._budget = networks, budget
+        self._components = components_of(networks, loras)
+        prompts = job_of(request, networks).prompts
+        self._text = text_phases(self._components, prompts, Levers(networks.dtype))
+
+    def fitted(self, request: Request, levers: Levers) -> JobPlan:
+        """Return the plan of a request. Raises BudgetError, or RequestError for its size."""
+        job = job_of(request, self._networks)
+        found = phases(self._components, job, levers, self._text)
+        *needs, decode = [phase.need() for phase in found]
+        window = DecodeWindow(levers.group_bytes)
+        if decode.least() > self._budget.usable:
+            room = self._budget.usable - decode.fixed - decode.workspace
+            clip = job.stages[-1].shape
+            latents = (clip.frames, clip.rows, clip.columns)
+            itemsize = levers.dtype.itemsize
+            window = choose_window(self._networks.video_config(), latents, room, itemsize)
+            decode = replace(decode, activations=window.need_bytes)
+        return JobPlan(fit([*beside_transformer(needs), decode], self._budget), levers, window)
+
+    def nearest(self, request: Request, levers: Levers) -> Iterator[str]:
+        """Name the largest smaller size, and the largest smaller length, that fit."""
+        for variants in (_smaller_sizes, _shorter):
+            for candidate, text in variants(self._networks, request):
+                try:
+                    self.fitted(candidate, levers)
+                except (BudgetError, RequestError):
+                    continue
+                yield text
+                break
 
 
 def beside_transformer(needs: Sequence[Need]) -> list[Need]:
@@ -104,20 +126,6 @@ def beside_transformer(needs: Sequence[Need]) -> list[Need]:
             fixed = need.fixed + transformer.fixed
             found[place] = replace(found[place], component="transformer", fixed=fixed, rests=True)
     return found
-
-
-def _nearest(
-    networks: Networks, request: Request, budget: Budget, loras: Sequence[Lora], levers: Levers
-) -> Iterator[str]:
-    """Name the largest smaller size, and the largest smaller length, that fit."""
-    for candidates in (_smaller_sizes(networks, request), _shorter(networks, request)):
-        for candidate, text in candidates:
-            try:
-                _fitted(networks, candidate, budget, loras, levers)
-            except (BudgetError, RequestError):
-                continue
-            yield text
-            break
 
 
 def _smaller_sizes(networks: Networks, request: Request) -> Iterator[tuple[Request, str]]:

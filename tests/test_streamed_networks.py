@@ -10,6 +10,7 @@ from golden_networks import stream_input
 from golden_support import Case, read_manifest
 from torch import Tensor
 
+from ltxlite.checkpoint.assemble import nonfinite_parameters
 from ltxlite.encode import encode_prompts
 from ltxlite.memory import place
 from ltxlite.memory.machine import CpuMachine, Faults
@@ -146,3 +147,18 @@ def test_every_anatomy_names_parts_that_exist(demo_files: tuple[Path, Path, Path
         network = build()
         for part in (*ANATOMY[component].streamed, *ANATOMY[component].host):
             network.get_submodule(part)
+
+
+@torch.inference_mode()
+def test_damaged_weights_are_named_wherever_they_are(dit: Case) -> None:
+    plain = dit.networks().transformer()
+    assert nonfinite_parameters(plain) == []
+
+    def damage(network: Transformer) -> None:
+        norm = network.blocks[1].video.self_attention.q_norm
+        norm.weight = torch.nn.Parameter(norm.weight * torch.nan, requires_grad=False)
+
+    networks = streamed(dit.networks(), "all from disk")
+    transformer = networks.transformer(damage)
+    assert nonfinite_parameters(transformer) == ["blocks.1.video.self_attention.q_norm.weight"]
+    place.close(transformer)

@@ -18,7 +18,19 @@ from ltxlite.checkpoint.lora import Lora
 from ltxlite.networks import Networks
 from ltxlite.request import Request
 
-__all__ = ["Component", "Components", "Job", "Levers", "Phase", "StageJob", "account", "phases"]
+__all__ = [
+    "Component",
+    "Components",
+    "Job",
+    "Levers",
+    "Phase",
+    "StageJob",
+    "account",
+    "components_of",
+    "job_of",
+    "phases",
+    "text_phases",
+]
 
 
 def account(
@@ -32,14 +44,20 @@ def account(
     return phases(components_of(networks, loras), job_of(request, networks), levers)
 
 
-def phases(components: Components, job: Job, levers: Levers | None = None) -> tuple[Phase, ...]:
+def phases(
+    components: Components,
+    job: Job,
+    levers: Levers | None = None,
+    text: Sequence[Phase] | None = None,
+) -> tuple[Phase, ...]:
     """Account for every phase of a job, in their order.
 
-    components: by the names of `networks.NAMINGS`, each upscaler as "upscaler x2".
+    components: by the names of `networks.NAMINGS`, each upscaler as "upscaler x2".  text: what
+    `text_phases` says, where it is known: sizes and chunks change nothing of it.
     Deterministic, reads no file, takes a second or two of one core.
     """
     levers = levers or Levers()
-    found = text_phases(components, job.prompts, levers)
+    found = list(text or text_phases(components, job.prompts, levers))
     for number, stage in enumerate(job.stages, start=1):
         if stage.upscaler is not None:
             before = job.stages[number - 2].shape

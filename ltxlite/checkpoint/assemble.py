@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -203,18 +203,24 @@ def _refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
 def nonfinite_parameters(model: nn.Module) -> list[str]:
     """Return the names of parameters and buffers with NaN or infinity; reads all of them.
 
-    Quantized weights are decoded, a piece at a time.
+    Quantized weights are decoded, a piece at a time. Lists are iterated over, because the blocks of
+    a streamed one have values only then.
     """
-    damaged = [
-        name
-        for name, value in model.state_dict().items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    return damaged + [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, QuantMatrix) and not module.is_finite()
-    ]
+    return list(_damaged(model, ""))
+
+
+def _damaged(module: nn.Module, prefix: str) -> Iterator[str]:
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    for name, value in own:
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            yield prefix + name
+    if isinstance(module, QuantMatrix) and not module.is_finite():
+        yield f"{prefix}weight"
+    children: Iterable[tuple[object, nn.Module]] = module.named_children()
+    if isinstance(module, nn.ModuleList):
+        children = enumerate(module)
+    for key, child in children:
+        yield from _damaged(child, f"{prefix}{key}.")
 
 
 def _refuse_meta(model: nn.Module, where: str) -> None:

@@ -17,7 +17,7 @@ EXAMPLE = """example:
       --importance ltx-2.3-22b-distilled.importance.safetensors"""
 OUTPUT, SIZE, FRAMES = "importance.safetensors", "small", 33
 _PROMPTS_LIMIT = 1 << 20  # bytes; a thousand long prompts
-_CLIP_ONLY = ("--crf", "--wav", "--job", "--save-job")
+_CLIP_ONLY = ("--crf", "--wav", "--job", "--save-job", "--fresh", "--no-cache")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,14 +57,21 @@ def _add_calibration(group: "argparse._ArgumentGroup") -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run every prompt up to its latents, then print what was measured."""
+    from contextlib import closing
+
     from ltxlite.calibrate import calibrate
+    from ltxlite.cli.generate import budget_of
     from ltxlite.cli.show import Terminal
-    from ltxlite.pipeline import check, run_stages
+    from ltxlite.pipeline import Means, check, make_plan, run_stages
+    from ltxlite.progress import Clock
 
     with Terminal(options.quiet) as terminal:
         asked, networks = _asked(options, terminal)
         check(asked.requests[0], networks)
-        result = calibrate(asked, networks, run_stages, terminal)
+        means = Means(budget_of(options, networks.device))
+        make_plan(asked.requests[0], networks, means, Clock(terminal))
+        with closing(networks):
+            result = calibrate(asked, networks, run_stages, terminal)
     _show(result, options.json)
     return 0
 

@@ -184,7 +184,7 @@ def budget_of(options: argparse.Namespace, device: "torch.device") -> "Budget | 
     }
     if options.vram is not None and options.reserve_vram is None:
         said["reserve"] = DEFAULT_RESERVE if device.type == "cuda" else 0
-    return replace(free_budget(device), **said)
+    return replace(free_budget(device, said.get("ram")), **said)
 
 
 def means_of(options: argparse.Namespace, networks: "Networks", report: "Report") -> "Means":

@@ -44,12 +44,12 @@ def parse_bytes(text: str, flag: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def free_budget(device: torch.device) -> Budget:
-    """Return what is free now, less a margin for others.
+def free_budget(device: torch.device, ram: int | None = None) -> Budget:
+    """Return what is free now, less a margin for others; ram: where it is known, it is not read.
 
     On a device without memory of its own all of it is RAM, and `vram` without a bound.
     """
-    ram = available_ram()
+    ram = available_ram() if ram is None else ram
     if device.type != "cuda":
         return Budget(vram=1 << 62, ram=ram, reserve=0)
     free, total = torch.cuda.mem_get_info(device)

@@ -8,10 +8,10 @@ from test_kernels_quantize import ROTATED_STEPS, poisoned, randoms, steps_off, t
 
 from ltxlite_kernels import int8_weight, reference
 from ltxlite_kernels.configs import DEQUANT
-from ltxlite_kernels.int8 import Int8Rows
 from ltxlite_kernels.int8_weight import int8_codes, int8_pieces, int8_rows, row_scales
 from ltxlite_kernels.quantize import quantize_rows
 from ltxlite_kernels.rotate import Rotation
+from ltxlite_kernels.rows import ScaledRows
 from ltxlite_quant import FORMATS, FormatError, decode
 
 
@@ -20,9 +20,9 @@ def device() -> str:
     return kernel_device()
 
 
-def empty_rows(rows: int, columns: int, rotation: Rotation, device: str = "cpu") -> Int8Rows:
+def empty_rows(rows: int, columns: int, rotation: Rotation, device: str = "cpu") -> ScaledRows:
     codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
-    return Int8Rows(codes, torch.empty(rows, device=device), rotation)
+    return ScaledRows(codes, torch.empty(rows, device=device), rotation)
 
 
 @pytest.mark.parametrize("name", sorted(DEQUANT))

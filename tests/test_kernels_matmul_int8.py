@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ltxlite.memory.meter import ActivationMeter
 from ltxlite_kernels.configs import MATMUL_INT8, matmul_int8_config
-from ltxlite_kernels.int8 import PLAIN, Epilogue, Int8Rows
 from ltxlite_kernels.matmul_int8 import matmul_int8
 from ltxlite_kernels.quantize import quantize_rows
 from ltxlite_kernels.rotate import Rotation
+from ltxlite_kernels.rows import PLAIN, Epilogue, ScaledRows
 from ltxlite_quant import FORMATS, FormatError
 from ltxlite_quant.encode_scaled import quantize_scaled
 
@@ -30,14 +30,14 @@ def device() -> str:
     return kernel_device()
 
 
-def int8_rows(rows: int, columns: int, seed: int, device: str = "cpu") -> Int8Rows:
+def int8_rows(rows: int, columns: int, seed: int, device: str = "cpu") -> ScaledRows:
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(-127, 128, (rows, columns), generator=random).to(torch.int8)
     scales = torch.rand(rows, generator=random) / 1000 + 1e-4
-    return Int8Rows(codes.to(device), scales.to(device), Rotation.NONE)
+    return ScaledRows(codes.to(device), scales.to(device), Rotation.NONE)
 
 
-def exact(a: Int8Rows, w: Int8Rows, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
+def exact(a: ScaledRows, w: ScaledRows, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
     """Compute the product and its epilogue in float64."""
     left, right = (rows.codes.cpu().double() for rows in (a, w))
     scales = a.scales.cpu().double()[:, None] * w.scales.cpu().double()
@@ -114,7 +114,7 @@ def test_kernel_sums_the_largest_codes_exactly(device):
     codes = torch.full((2, 4096), 127, dtype=torch.int8, device=device)
     codes[1] = -127
     ones = torch.ones(2, device=device)
-    rows = Int8Rows(codes, ones, Rotation.NONE)
+    rows = ScaledRows(codes, ones, Rotation.NONE)
     found = matmul_int8(rows, rows, dtype=torch.float32).cpu()
     total = 4096.0 * 127 * 127  # a multiple of 2^12, so a fp32
     assert found.tolist() == [[total, -total], [-total, total]]
@@ -152,7 +152,7 @@ def test_a_convrot_weight_is_int8_rows_as_it_lies_in_its_file():
     weight, x = randoms(12, 512, seed=1), randoms(5, 512, seed=2)
     quant = quantize_scaled(weight, FORMATS["INT8_CONVROT"])
     scales = quant.parts["scale"].expand(12, 1)[:, 0].contiguous()
-    w = Int8Rows(quant.blocks.view(torch.int8), scales, Rotation.REGULAR_256)
+    w = ScaledRows(quant.blocks.view(torch.int8), scales, Rotation.REGULAR_256)
     a = quantize_rows(x, Rotation.REGULAR_256)
     found = matmul_int8(a, w, dtype=torch.float32)
     wanted = x.double() @ quant.dequantize().double().T
@@ -172,7 +172,7 @@ def test_configurations_are_chosen_by_card_and_rows():
 
 def test_what_does_not_fit_is_refused():
     a, w = int8_rows(4, 64, 1), int8_rows(6, 64, 2)
-    turned = Int8Rows(w.codes, w.scales, Rotation.SIGNS_128)
+    turned = ScaledRows(w.codes, w.scales, Rotation.SIGNS_128)
     gate, index = torch.zeros(2, 6), torch.zeros(4, dtype=torch.int32)
     cases = (
         ((a, int8_rows(6, 32, 3)), "K = 64"),
@@ -189,13 +189,13 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(FormatError, match=message):
             matmul_int8(*given)
     with pytest.raises(FormatError, match=r"\(R, K\) int8"):
-        Int8Rows(torch.zeros(3, 4), torch.zeros(3), Rotation.NONE)
+        ScaledRows(torch.zeros(3, 4), torch.zeros(3), Rotation.NONE)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="counts what a card would hold")
 def test_on_a_card_a_matmul_makes_nothing_but_its_result():
     a, w = (
-        Int8Rows(rows.codes.to("meta"), rows.scales.to("meta"), rows.rotation)
+        ScaledRows(rows.codes.to("meta"), rows.scales.to("meta"), rows.rotation)
         for rows in (int8_rows(100, 64, 1), int8_rows(50, 64, 2))
     )
     x = torch.empty(100, 64, device="meta")

@@ -9,9 +9,9 @@ from kernel_device import kernel_device, run_interpreted
 from torch import Tensor
 
 from ltxlite_kernels import quantize, reference, rotate
-from ltxlite_kernels.int8 import Int8Rows
 from ltxlite_kernels.quantize import norm_modulate_quantize, quantize_rows
 from ltxlite_kernels.rotate import Rotation
+from ltxlite_kernels.rows import ScaledRows
 from ltxlite_quant.formats import FormatError
 from ltxlite_quant.scaled import hadamard
 
@@ -47,7 +47,7 @@ def turned(x: Tensor, rotation: Rotation) -> Tensor:
     return (groups @ whole.double()).flatten(1) / math.sqrt(len(whole))
 
 
-def steps_off(found: Int8Rows, wanted: Tensor) -> float:
+def steps_off(found: ScaledRows, wanted: Tensor) -> float:
     """Return the largest distance of decoded rows from their values, in steps of the row."""
     codes, scales = found.codes.cpu().double(), found.scales.cpu().double()[:, None]
     assert codes.abs().max() <= 127

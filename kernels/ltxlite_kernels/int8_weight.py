@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ltxlite_kernels import quantize, reference, rotate
 from ltxlite_kernels.configs import DEQUANT, INT8_ELEMENTS, INT8_WARPS
-from ltxlite_kernels.int8 import Int8Rows
 from ltxlite_kernels.rotate import HAVE_TRITON, Rotation
+from ltxlite_kernels.rows import ScaledRows
 from ltxlite_quant import decode
 from ltxlite_quant.formats import FORMATS, BlockFormat, FormatError
 
@@ -39,7 +39,7 @@ def int8_rows(
     columns: int,
     rotation: Rotation = Rotation.NONE,
     scales: Tensor | None = None,
-) -> Int8Rows:
+) -> ScaledRows:
     """Decode a weight to int8 rows.
 
     blocks: (N, row_bytes) uint8, contiguous; or rows (N, K) themselves of a plain format (F32, F16,
@@ -52,7 +52,7 @@ def int8_rows(
     if scales is None:
         scales = row_scales(blocks, block_format, columns, rotation)
     codes = torch.empty(len(blocks), columns, dtype=torch.int8, device=blocks.device)
-    out = Int8Rows(codes, torch.empty_like(scales), rotation)
+    out = ScaledRows(codes, torch.empty_like(scales), rotation)
     return int8_codes(blocks, block_format, scales, out)
 
 
@@ -62,7 +62,7 @@ def int8_pieces(
     columns: int,
     rotation: Rotation = Rotation.NONE,
     scales: Tensor | None = None,
-) -> Iterator[tuple[slice, Int8Rows]]:
+) -> Iterator[tuple[slice, ScaledRows]]:
     """Yield a weight as `int8_rows` would return it, in pieces of at most SCRATCH_BYTES.
 
     Pieces of a quantized weight lie in the same memory, one after the other: use one before the
@@ -81,7 +81,7 @@ def int8_pieces(
         some = None if scales is None else scales[part]
         if some is None:
             some = row_scales(blocks[part], block_format, columns, rotation)
-        out = Int8Rows(scratch[: part.stop - start], torch.empty_like(some), rotation)
+        out = ScaledRows(scratch[: part.stop - start], torch.empty_like(some), rotation)
         yield part, int8_codes(blocks[part], block_format, some, out)
 
 
@@ -99,8 +99,8 @@ def row_scales(
 
 
 def int8_codes(
-    blocks: Tensor, block_format: BlockFormat, scales: Tensor, out: Int8Rows
-) -> Int8Rows:
+    blocks: Tensor, block_format: BlockFormat, scales: Tensor, out: ScaledRows
+) -> ScaledRows:
     """Decode blocks (N, row_bytes) of a quantized format into `out`, by scales (N,).
 
     Codes are value / scale, rounded half to even and held within ±127.  Returns `out`.
@@ -153,7 +153,7 @@ def _scales_into(blocks: Tensor, name: str, columns: int, rotation: int, scales:
 
 def _codes_into(blocks: Tensor, name: str, scales: Tensor, rotation: int, codes: Tensor) -> None:
     if not quantize.runs_kernel(blocks):
-        out = Int8Rows(codes, torch.empty_like(scales), Rotation(rotation))
+        out = ScaledRows(codes, torch.empty_like(scales), Rotation(rotation))
         reference.int8_codes(blocks, FORMATS[name], scales, out)
     elif codes.numel():
         per_row = codes.shape[1] // unit_of(name, rotation)

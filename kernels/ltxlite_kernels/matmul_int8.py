@@ -8,6 +8,7 @@ Twin: `reference.matmul_int8`.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="arg-type"
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from ltxlite_kernels import reference
 from ltxlite_kernels.configs import MatmulConfig, matmul_int8_config
-from ltxlite_kernels.int8 import INDEXED, PLAIN, SHARED, Epilogue, Int8Rows, lookup
 from ltxlite_kernels.quantize import FLOATS, runs_kernel
 from ltxlite_kernels.rotate import HAVE_TRITON, Rotation
+from ltxlite_kernels.rows import INDEXED, PLAIN, SHARED, Epilogue, ScaledRows, lookup
 from ltxlite_quant.formats import FormatError
 
 if HAVE_TRITON:
@@ -29,8 +30,8 @@ INTERPRETED = 86  # what the interpreter pretends to be
 
 
 def matmul_int8(
-    a: Int8Rows,
-    w: Int8Rows,
+    a: ScaledRows,
+    w: ScaledRows,
     bias: Tensor | None = None,
     epilogue: Epilogue = PLAIN,
     out: Tensor | None = None,
@@ -48,14 +49,13 @@ def matmul_int8(
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=a.codes.device)
     _check_outputs(shape, bias, epilogue, out)
-    torch.ops.ltxlite.matmul_int8.default(
-        a.codes, a.scales, w.codes, w.scales, bias,
-        epilogue.gelu, epilogue.gate, epilogue.index, epilogue.residual, out,
-    )  # fmt: skip
+    operands = [a.codes, a.scales, w.codes, w.scales]
+    tail = [epilogue.gate, epilogue.index, epilogue.residual]
+    torch.ops.ltxlite.matmul_int8.default(operands, bias, epilogue.gelu, tail, out)
     return out
 
 
-def _check_rows(a: Int8Rows, w: Int8Rows) -> None:
+def _check_rows(a: ScaledRows, w: ScaledRows) -> None:
     columns = a.codes.shape[1]
     if columns != w.codes.shape[1] or a.rotation is not w.rotation:
         raise FormatError(
@@ -95,20 +95,18 @@ def _check_matrix(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
 
 
 def _multiply_into(
-    a: Tensor,
-    a_scales: Tensor,
-    w: Tensor,
-    w_scales: Tensor,
+    operands: Sequence[Tensor],
     bias: Tensor | None,
     gelu: bool,
-    gate: Tensor | None,
-    index: Tensor | None,
-    residual: Tensor | None,
+    tail: Sequence[Tensor | None],
     out: Tensor,
 ) -> None:
+    # operands: codes and scales of both sides.  tail: gate, index, residual.
+    a, a_scales, w, w_scales = operands
+    gate, index, residual = tail
     epilogue = Epilogue(gelu, gate, index, residual)
     if not runs_kernel(a):
-        left, right = (Int8Rows(c, s, Rotation.NONE) for c, s in ((a, a_scales), (w, w_scales)))
+        left, right = (ScaledRows(c, s, Rotation.NONE) for c, s in ((a, a_scales), (w, w_scales)))
         reference.matmul_int8(left, right, bias, epilogue, out)
         return
     rows, features = out.shape
@@ -152,8 +150,7 @@ def constants(config: MatmulConfig, columns: int, epilogue: Epilogue, rows: int)
 
 _library = torch.library.Library("ltxlite", "FRAGMENT")
 _library.define(
-    "matmul_int8(Tensor a, Tensor a_scales, Tensor w, Tensor w_scales, Tensor? bias, bool gelu, "
-    "Tensor? gate, Tensor? index, Tensor? residual, Tensor(a!) out) -> ()"
+    "matmul_int8(Tensor[] operands, Tensor? bias, bool gelu, Tensor?[] tail, Tensor(a!) out) -> ()"
 )
 _library.impl("matmul_int8", _multiply_into, "CompositeExplicitAutograd")
 _library.impl("matmul_int8", lambda *_: None, "Meta")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ltxlite_kernels import reference, rotate
 from ltxlite_kernels.configs import LONGEST_ROW, row_warps
-from ltxlite_kernels.int8 import OWN, SHARED, Int8Rows, lookup
 from ltxlite_kernels.rotate import HAVE_TRITON, Rotation
+from ltxlite_kernels.rows import OWN, SHARED, ScaledRows, lookup
 from ltxlite_quant.formats import FormatError
 
 if HAVE_TRITON:
@@ -28,7 +28,7 @@ if HAVE_TRITON:
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def quantize_rows(x: Tensor, rotation: Rotation = Rotation.NONE) -> Int8Rows:
+def quantize_rows(x: Tensor, rotation: Rotation = Rotation.NONE) -> ScaledRows:
     """Round rows to int8 with a scale each.
 
     x: (R, K) fp32, fp16 or bf16; columns side by side, any row stride.  K at most 32768.
@@ -48,7 +48,7 @@ def norm_modulate_quantize(
     index: Tensor | None,
     eps: float,
     rotation: Rotation = Rotation.NONE,
-) -> Int8Rows:
+) -> ScaledRows:
     """Divide rows by their root mean square, modulate them, and round them to int8.
 
     x: (M, K) as for `quantize_rows`.  shift, scale: (U, K) floating, both or neither:
@@ -89,9 +89,9 @@ def _check_table(name: str, table: Tensor, x: Tensor, index: Tensor | None) -> N
     lookup(table, index, len(x), name)
 
 
-def _empty(x: Tensor, rotation: Rotation) -> Int8Rows:
+def _empty(x: Tensor, rotation: Rotation) -> ScaledRows:
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return Int8Rows(codes, codes.new_empty(len(x), dtype=torch.float32), rotation)
+    return ScaledRows(codes, codes.new_empty(len(x), dtype=torch.float32), rotation)
 
 
 def runs_kernel(x: Tensor) -> bool:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltxlite_kernels.int8 import PLAIN, Epilogue, Int8Rows
 from ltxlite_kernels.rotate import Rotation, matrix, signs
+from ltxlite_kernels.rows import PLAIN, Epilogue, ScaledRows
 from ltxlite_quant import decode
 from ltxlite_quant.formats import BlockFormat
 
@@ -33,11 +33,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return turned.flatten(-2)
 
 
-def quantize_rows(x: Tensor, rotation: Rotation = Rotation.NONE) -> Int8Rows:
+def quantize_rows(x: Tensor, rotation: Rotation = Rotation.NONE) -> ScaledRows:
     """Round rows to int8 with a scale each; see `quantize.quantize_rows`."""
     values = rotate(x, rotation)
     scales = row_scales_of(values)
-    return Int8Rows(_codes(values, scales), scales, rotation)
+    return ScaledRows(_codes(values, scales), scales, rotation)
 
 
 def row_scales_of(values: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def norm_modulate_quantize(
     index: Tensor | None,
     eps: float,
     rotation: Rotation = Rotation.NONE,
-) -> Int8Rows:
+) -> ScaledRows:
     """Norm, modulate and round rows; see `quantize.norm_modulate_quantize`."""
     wide = x.float()
     wide = wide * (wide.square().mean(dim=1, keepdim=True) + eps).rsqrt()
@@ -77,8 +77,8 @@ def row_scales(
 
 
 def int8_codes(
-    blocks: Tensor, block_format: BlockFormat, scales: Tensor, out: Int8Rows
-) -> Int8Rows:
+    blocks: Tensor, block_format: BlockFormat, scales: Tensor, out: ScaledRows
+) -> ScaledRows:
     """Decode blocks to int8 rows; see `int8_weight.int8_codes`."""
     values = decode.dequantize(blocks, block_format, out.codes.shape, torch.float32)
     out.codes.copy_(_codes(rotate(values, out.rotation), scales))
@@ -87,8 +87,8 @@ def int8_codes(
 
 
 def matmul_int8(
-    a: Int8Rows,
-    w: Int8Rows,
+    a: ScaledRows,
+    w: ScaledRows,
     bias: Tensor | None = None,
     epilogue: Epilogue = PLAIN,
     out: Tensor | None = None,

@@ -1,4 +1,4 @@
-"""What the int8 path hands from kernel to kernel: rows of int8, and what a matmul does at its end.
+"""What the matmuls take: rows of codes with a scale each, and what to do with their result.
 
 A row is one token of an activation or one output feature of a weight. Both carry one scale a row,
 so a product of two rows needs two multiplications, after all of its sum.
@@ -12,13 +12,16 @@ from torch import Tensor
 from ltxlite_kernels.rotate import Rotation
 from ltxlite_quant.formats import FormatError
 
+# What codes may be: the types that tensor cores multiply faster than bf16 on some card.
+CODES = (torch.int8, torch.float16, torch.float8_e4m3fn)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Int8Rows:
-    """Rows of int8 codes with a scale each, rotated along K or not: value = code * scale.
+class ScaledRows:
+    """Rows of codes with a scale each, rotated along K or not: value = code * scale.
 
-    codes: (R, K) int8.  scales: (R,) fp32, NaN for a row that holds NaN.  Only rows of the same
-    rotation may be multiplied.
+    codes: (R, K) int8, fp16 or fp8 (e4m3).  scales: (R,) fp32, NaN for a row that holds NaN.  Only
+    rows of the same rotation and type may be multiplied.
     """
 
     codes: Tensor
@@ -27,16 +30,16 @@ class Int8Rows:
 
     def __post_init__(self) -> None:
         fits = self.codes.dim() == 2 and self.scales.shape == self.codes.shape[:1]
-        if not fits or self.codes.dtype != torch.int8 or self.scales.dtype != torch.float32:
+        if not fits or self.codes.dtype not in CODES or self.scales.dtype != torch.float32:
             raise FormatError(
-                "int8 rows are codes (R, K) int8 and scales (R,) fp32, got "
+                "scaled rows are codes (R, K) int8, fp16 or fp8 and scales (R,) fp32, got "
                 f"{tuple(self.codes.shape)} {self.codes.dtype} and "
                 f"{tuple(self.scales.shape)} {self.scales.dtype}"
             )
 
-    def rows(self, part: slice) -> "Int8Rows":
+    def rows(self, part: slice) -> "ScaledRows":
         """Return some of the rows, as a view."""
-        return Int8Rows(self.codes[part], self.scales[part], self.rotation)
+        return ScaledRows(self.codes[part], self.scales[part], self.rotation)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ltxlite_kernels import configs, dequant, int8_weight, matmul_int8, quantize
-from ltxlite_kernels.int8 import INDEXED, PLAIN, Epilogue
 from ltxlite_kernels.rotate import Rotation
+from ltxlite_kernels.rows import INDEXED, PLAIN, Epilogue
 from ltxlite_quant.formats import FORMATS
 
 ARCHITECTURES = (80, 86, 89, 90, 120)

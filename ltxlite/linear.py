@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltxlite.arithmetic import Arithmetic, Operands
 from ltxlite.errors import ShapeError
+from ltxlite.models.activation import Activation, Multiplier, Tail
 from ltxlite_kernels.dequant import dequantize
 from ltxlite_quant import QuantTensor, scaled
 
@@ -78,11 +80,11 @@ class QuantEmbedding(QuantMatrix):
         return table[places]
 
 
-class QuantLinear(QuantMatrix):
+class QuantLinear(QuantMatrix, Multiplier):
     """A Linear whose weight stays quantized; a piece at a time is decoded for the product.
 
     Buffers: those of the weight, and bias (N,) or None.  The weight is decoded to the dtype of the
-    input.
+    input, or, with an `arithmetic`, to its codes.  row_scales: what that keeps of a weight (N,).
     """
 
     bias: Tensor | None
@@ -94,6 +96,8 @@ class QuantLinear(QuantMatrix):
                 f"a bias of {tuple(bias.shape)} does not fit a weight of {weight.shape}"
             )
         self.register_buffer("bias", None if bias is None else bias.detach())
+        self.arithmetic: Arithmetic | None = None
+        self.row_scales: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -111,13 +115,28 @@ class QuantLinear(QuantMatrix):
         The decoded weight has the same bits in pieces or whole; the product may differ by its
         rounding, since matmul libraries choose the order of a sum by N.
         """
-        pieces = list(row_pieces(self.out_features, self.in_features * x.element_size()))
+        pieces = self.pieces(x.dtype)
         if len(pieces) == 1:
             return self._product(x, pieces[0])
         y = x.new_empty(*x.shape[:-1], self.out_features)
         for rows in pieces:
             y[..., rows] = self._product(x, rows)
         return y
+
+    @property
+    def codes(self) -> bool:
+        """Whether `multiply` is the way to compute."""
+        return self.arithmetic is not None
+
+    def multiply(self, given: Activation, tail: Tail) -> Tensor:
+        """Return tail(given Wᵀ + bias), (B, t, N), by the linear's arithmetic."""
+        assert self.arithmetic is not None
+        operands = Operands(given, self.bias, self.out_features, tail)
+        return self.arithmetic.multiply(operands, self)
+
+    def pieces(self, dtype: torch.dtype) -> list[slice]:
+        """Return the rows that are decoded to `dtype` at a time."""
+        return list(row_pieces(self.out_features, self.in_features * dtype.itemsize))
 
     def _product(self, x: Tensor, rows: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[rows].to(x.dtype)

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltxlite.arithmetic import Operands, Pieces
 from ltxlite.errors import ShapeError
 from ltxlite.linear import QuantLinear, row_pieces
 from ltxlite.low_rank_cost import LowRankWork
+from ltxlite.models.activation import PLAIN, Activation, Multiplier, Tail
 
 Method = Literal["auto", "beside", "merged"]
 
@@ -68,7 +70,7 @@ class _Active:
     factor: float
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Multiplier):
     """A Linear or QuantLinear plus low-rank terms whose strengths may change between calls.
 
     y = base(x) + sum strength * scale * (x Aᵀ) Bᵀ.  Each call takes the cheaper of two ways
@@ -108,6 +110,31 @@ class LowRankLinear(nn.Module):
             return y
         return self._merged(x, active) if self._merges(x, active) else self._beside(x, active)
 
+    @property
+    def codes(self) -> bool:
+        """Whether `multiply` is the way to compute: where the base does."""
+        return isinstance(self.base, QuantLinear) and self.base.codes
+
+    def multiply(self, given: Activation, tail: Tail) -> Tensor:
+        """Return tail(given Wᵀ + terms + bias), (B, t, N), by the base's arithmetic."""
+        base = self.base
+        assert isinstance(base, QuantLinear) and base.arithmetic is not None
+        active = self._active(given.x.dtype)
+        if not active:
+            return base.multiply(given, tail)
+        if self._merges(given.x, active):
+            operands = Operands(given, base.bias, self.out_features, tail)
+            return base.arithmetic.product(operands, self._coded(base, given.x.dtype, active), base)
+        y = base.multiply(given, PLAIN)
+        return tail.applied(self._added(given.values(), y, active))
+
+    def _coded(
+        self, base: QuantLinear, dtype: torch.dtype, active: list[_Active]
+    ) -> Pieces:
+        assert base.arithmetic is not None
+        for rows in base.pieces(dtype):
+            yield rows, base.arithmetic.coded(self._merged_rows(rows, dtype, active), base)
+
     def work(self, tokens: int, dtype: torch.dtype) -> LowRankWork:
         """Return what a call with so many rows of input would do, at the present strengths."""
         ranks = [self.get_buffer(f"a{i}").shape[0] for i in self._numbers()]
@@ -118,6 +145,7 @@ class LowRankLinear(nn.Module):
             sum(ranks),
             isinstance(self.base, QuantLinear),
             dtype.itemsize,
+            self.codes,
         )
 
     def _numbers(self) -> list[int]:
@@ -141,7 +169,9 @@ class LowRankLinear(nn.Module):
         return self.work(x.numel() // self.in_features, x.dtype).merging_pays()
 
     def _beside(self, x: Tensor, active: list[_Active]) -> Tensor:
-        y: Tensor = self.base(x)
+        return self._added(x, self.base(x), active)
+
+    def _added(self, x: Tensor, y: Tensor, active: list[_Active]) -> Tensor:
         flat, out = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         for term in _joined(active, len(flat)):
             inner = F.linear(flat, term.a)  # (T, r)
@@ -158,11 +188,15 @@ class LowRankLinear(nn.Module):
         return y
 
     def _product(self, x: Tensor, active: list[_Active], rows: slice) -> Tensor:
-        weight = self._scratch(rows, x.dtype)
+        bias = self.base.bias
+        weight = self._merged_rows(rows, x.dtype, active)
+        return F.linear(x, weight, None if bias is None else bias[rows].to(x.dtype))
+
+    def _merged_rows(self, rows: slice, dtype: torch.dtype, active: list[_Active]) -> Tensor:
+        weight = self._scratch(rows, dtype)
         for term in active:
             weight.addmm_(term.b[rows], term.a, alpha=term.factor)
-        bias = self.base.bias
-        return F.linear(x, weight, None if bias is None else bias[rows].to(x.dtype))
+        return weight
 
     def _scratch(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of the base weight in memory of their own."""

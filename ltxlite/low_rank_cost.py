@@ -18,7 +18,9 @@ class LowRankWork:
 
     tokens: T, rows of the input in this call.  columns: K.  rows: N.  rank: r, summed over terms.
     decodes: the linear decodes its weight for this call anyway, into scratch that may be changed;
-    otherwise a copy has to be made.  element_bytes: of input, output and scratch.
+    otherwise a copy has to be made.  element_bytes: of input, output and scratch.  codes: the
+    linear multiplies codes: its input has to be made as values too, or the merged weight into
+    codes.
     """
 
     tokens: int
@@ -27,6 +29,7 @@ class LowRankWork:
     rank: int
     decodes: bool
     element_bytes: int = 2
+    codes: bool = False
 
     def beside(self) -> float:
         """Return the cost of x Aᵀ Bᵀ added to the output: 2 T r (K + N) operations.
@@ -35,7 +38,8 @@ class LowRankWork:
         written once more.
         """
         tokens, width = self.tokens, self.columns + self.rows
-        moved = tokens * (self.columns + 2 * self.rank + 2 * self.rows) + self.rank * width
+        read = self.columns * (3 if self.codes else 1)  # from the residual stream, as values
+        moved = tokens * (read + 2 * self.rank + 2 * self.rows) + self.rank * width
         return 2.0 * tokens * self.rank * width + self._traffic(moved)
 
     def merged(self) -> float:
@@ -45,6 +49,8 @@ class LowRankWork:
         """
         size = self.columns * self.rows
         moved = size * (2 if self.decodes else 4) + self.rank * (self.columns + self.rows)
+        if self.codes:  # written as values instead of codes, read, written as codes
+            moved += size * 2
         return 2.0 * self.rank * size + self._traffic(moved)
 
     def merging_pays(self) -> bool:

@@ -13,6 +13,7 @@ from ltxlite.checkpoint.assemble import LoadReport, Naming, Rules, assemble
 from ltxlite.checkpoint.at_load import AtLoad
 from ltxlite.checkpoint.files import ModelFiles, OpenModel
 from ltxlite.checkpoint.stored import StoredTensor
+from ltxlite.math_mode import capability_of, set_math
 from ltxlite.memory.place import Anatomy, FileMap, Memory, place
 from ltxlite.models import (
     audio_vae,
@@ -111,6 +112,7 @@ class Networks(NetworkConfigs):
         # 2.13 half of its values may come out at 3e-4 (docs/log.md, 2026-11-21).
         torch.ones(1).exp()
         self.window = DecodeWindow(GROUP_BYTES)  # how the picture is decoded
+        self.math = "auto"  # what the transformer computes in
         self.loaded: list[Loaded] = []
         self.lora_models: list[OpenModel] = []  # their factors may be read from their files
         self.on_load: Callable[[Loaded], None] | None = None
@@ -133,6 +135,7 @@ class Networks(NetworkConfigs):
         network = self._assembled("transformer", lambda: Transformer(config))
         if self.memory is not None and self.memory.chunk is not None:
             network.chunk = self.memory.chunk
+        set_math(network, self.math, capability_of(self.device))
         if prepare is not None:
             prepare(network)
         self._place(network, "transformer")

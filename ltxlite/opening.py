@@ -12,11 +12,13 @@ from ltxlite.networks import Networks
 from ltxlite.request import Files
 
 
-def open_networks(files: Files, device: str, dtype: str, quantize: str | None = None) -> Networks:
+def open_networks(
+    files: Files, device: str, dtype: str, quantize: str | None = None, math: str = "auto"
+) -> Networks:
     """Open all files of a job, headers only. Raises CheckpointError if one is not usable.
 
     quantize: what matrices become while they load (`checkpoint.at_load`); RequestError if it is
-    no type that can be made on the device.
+    no type that can be made on the device.  math: what the transformer computes in (`math_mode`).
     """
     slots = (
         ("--text-encoder", files.text_encoder, ("text_encoder",)),
@@ -36,7 +38,9 @@ def open_networks(files: Files, device: str, dtype: str, quantize: str | None = 
             raise CheckpointError(f"{path}: no such LoRA file")
     chosen = choose_device(device)
     at_load = None if quantize is None else AtLoad.named(quantize, chosen)
-    return Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen), at_load)
+    networks = Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen), at_load)
+    networks.math = math
+    return networks
 
 
 def _open_slot(flag: str, path: Path, wanted: tuple[str, ...]) -> list[OpenModel]:

@@ -10,6 +10,7 @@ from ltxlite.account import Levers, components_of, job_of, phases, text_phases
 from ltxlite.checkpoint.lora import Lora
 from ltxlite.errors import BudgetError, RequestError
 from ltxlite.geometry import size_multiple
+from ltxlite.math_mode import capability_of
 from ltxlite.memory.budget import Budget
 from ltxlite.memory.machine import CpuMachine, CudaMachine
 from ltxlite.memory.place import Memory
@@ -20,9 +21,14 @@ from ltxlite.models.window import DecodeWindow, choose_window
 from ltxlite.networks import Networks
 from ltxlite.request import Request
 
-# Chunks are halved until the job fits: each time the largest temporary halves, and matmuls lose a
-# little of their efficiency. Below 256 rows there is nothing left to gain.
-LADDER = tuple((TOKEN_CHUNK >> step, GROUP_BYTES >> step) for step in range(4))
+# Chunks are halved until the job fits: each time the largest temporary halves. Every chunk decodes
+# the block's weights again, 5 % of an RTX 3060's time for a product of 1.8k to 3.1k tokens, of a
+# 4090's for 4.2k to 7.2k (kernels.md 5). Below 256 rows there is nothing left to gain.
+LADDER = (
+    (4 * TOKEN_CHUNK, GROUP_BYTES),
+    (2 * TOKEN_CHUNK, GROUP_BYTES),
+    *((TOKEN_CHUNK >> step, GROUP_BYTES >> step) for step in range(4)),
+)
 RUNGS = len(LADDER)  # how often a job is tried again when memory runs out
 _SMALLER = tuple(Fraction(eighths, 8) for eighths in (7, 6, 5, 4, 3, 2))
 
@@ -65,13 +71,14 @@ def plan_job(
     error = None
     budget = replace(budget, vram=int(budget.vram * 0.875**rung))
     planner = _Planner(networks, request, budget, loras)
+    base = Levers(networks.dtype, math=networks.math, capability=capability_of(networks.device))
     for chunk, group_bytes in LADDER[min(rung, RUNGS - 1) :]:
-        levers = Levers(networks.dtype, chunk, group_bytes)
+        levers = replace(base, chunk=chunk, group_bytes=group_bytes)
         try:
             return planner.fitted(request, levers)
         except BudgetError as found:
             error = found
-    nearest = list(planner.nearest(request, Levers(networks.dtype, *LADDER[-1])))
+    nearest = list(planner.nearest(request, levers))
     advice = f"; {' or '.join(nearest)} would fit" if nearest else ""
     raise BudgetError(f"{error}{advice}") from None
 

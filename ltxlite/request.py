@@ -21,6 +21,7 @@ JOB_VERSION = 1
 Sound = Literal["refine", "keep", "freeze"]
 Upscaler = Literal["x1.5", "x2"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+MathName = Literal["auto", "int8", "fp16", "bf16", "fp8"]
 Variant = Literal["dev", "distilled"]
 
 
@@ -110,7 +111,8 @@ class Output:
 class Request:
     """A whole job. Sizes are final pixels, already snapped; `fps` is exact ("24000/1001").
 
-    quantize: a type that matrices of the blocks are quantized to while they load.
+    quantize: a type that matrices of the blocks are quantized to while they load.  math: what
+    the transformer's products are computed in.
     """
 
     prompt: str
@@ -126,6 +128,7 @@ class Request:
     device: str = "auto"
     dtype: DType = "auto"
     quantize: str | None = None
+    math: MathName = "auto"
     version: int = JOB_VERSION
 
     def __post_init__(self) -> None:
@@ -142,6 +145,7 @@ class Request:
         if not self.stages:
             raise RequestError("the job has no stages; give at least one")
         _one_of("dtype", self.dtype, DType)
+        _one_of("math", self.math, MathName)
 
     @property
     def rate(self) -> Fraction:

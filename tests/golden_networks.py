@@ -85,7 +85,7 @@ def _prepared(state: StreamState, stream: str) -> Outputs:
     outputs = {
         "x": state.x.clone(),
         "timesteps": rows("modulation"),
-        "embedded_timestep": state.embedded.row(0, every),
+        "embedded_timestep": state.embedded.vectors(0, every).spread(),
         "pe_cos": state.rope.own.cos.transpose(1, 2),
         "pe_sin": state.rope.own.sin.transpose(1, 2),
         "cross_pe_cos": state.rope.cross.cos.transpose(1, 2),

@@ -5,14 +5,9 @@ import math
 import pytest
 import torch
 
-from ltxlite.models.layers import (
-    ROTATED_CHUNK,
-    Attention,
-    AttentionShape,
-    FeedForward,
-    add_gated_rows,
-    rms_norm,
-)
+from ltxlite.models.activation import Activation, Tail, Vectors, rms_norm
+from ltxlite.models.attention import ROTATED_CHUNK, Attention, AttentionShape
+from ltxlite.models.layers import FeedForward, add_rows
 from ltxlite.models.rope import RopeSpec, rope_table
 
 
@@ -79,8 +74,8 @@ def test_queries_of_many_chunks_equal_those_rotated_at_once():
     rows = slice(start, start + tokens)
     whole = rope.rotate(module.q_norm(module.to_q(x)), rows)
     # Another summation order in the norm: a few fp32 roundings at magnitude 4.
-    assert torch.allclose(module.queries(x, rope, rows), whole, atol=4e-6, rtol=0)
-    kv = module.keys_values(lambda part: x[:, part], tokens, rope, 200)
+    assert torch.allclose(module.queries(Activation(x), rope, rows), whole, atol=4e-6, rtol=0)
+    kv = module.keys_values(lambda part: Activation(x[:, part]), tokens, rope, 200)
     key = rope.rotate(module.k_norm(module.to_k(x)), slice(0, tokens))
     assert torch.allclose(kv.key, key, atol=4e-6, rtol=0)
     assert torch.allclose(kv.value, module.to_v(x), atol=4e-6, rtol=0)
@@ -90,13 +85,13 @@ def test_gated_rows_are_added_in_place_without_gradients_and_anew_with_them():
     x, gate = randn(1, 7, 5), randn(1, 1, 5, seed=1)
     expected = x + x * 2 * gate  # an update reads its own rows before they change
 
-    def update(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return x[:, rows] * 2, gate
+    def update(rows: slice, residual: torch.Tensor) -> torch.Tensor:
+        return Tail(gate=Vectors.of_samples(gate), residual=residual).applied(x[:, rows] * 2)
 
     with torch.enable_grad():
-        fresh = add_gated_rows(x, update, 3)
+        fresh = add_rows(x, update, 3)
     assert fresh is not x
-    added = add_gated_rows(x, update, 3)
+    added = add_rows(x, update, 3)
     assert added is x
     for result in (fresh, added):  # one rounding of the fused product
         assert torch.allclose(result, expected, atol=1e-6, rtol=0)
@@ -105,10 +100,10 @@ def test_gated_rows_are_added_in_place_without_gradients_and_anew_with_them():
 def test_feed_forward_leaves_its_input_alone_and_has_gradients():
     module, x = FeedForward(6), randn(1, 5, 6)
     kept = x.clone()
-    plain = module(x)
+    plain = module(Activation(x))
     assert torch.equal(x, kept)
     with torch.enable_grad():
-        recorded = module(x)
+        recorded = module(Activation(x))
         recorded.sum().backward()
     assert torch.equal(plain, recorded.detach())
     assert module.up.weight.grad is not None

@@ -91,18 +91,18 @@ def test_checkpoint_and_memory_know_no_particular_network() -> None:
     assert not offending(r"ltxlite\.(checkpoint|memory).*", "ltxlite.models")
 
 
-def test_only_linear_joins_quant_and_kernels() -> None:
+def test_only_linears_and_their_arithmetic_join_quant_and_kernels() -> None:
     joined = [
         module
         for module in modules()
         if module.startswith("ltxlite.")
         and {"ltxlite_quant", "ltxlite_kernels"} <= {n.split(".")[0] for n in imports_of(module)}
     ]
-    assert joined == ["ltxlite.linear"]
+    assert joined == ["ltxlite.linear", "ltxlite.math_mode"]
 
 
 def test_networks_use_kernels_and_nobody_else_does() -> None:
-    users = r"ltxlite\.(?!models|linear$|account).*"  # an account states what kernels take
+    users = r"ltxlite\.(?!models|linear$|arithmetic$|math_mode$|account).*"  # an account states what kernels take
     assert not offending(users, "ltxlite_kernels")
 
 

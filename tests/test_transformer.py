@@ -13,8 +13,9 @@ from torch import nn
 
 from ltxlite.checkpoint.recognise import COMPONENTS
 from ltxlite.errors import CheckpointError
+from ltxlite.models.attention import KeyValue
 from ltxlite.models.block import weighted_attention
-from ltxlite.models.layers import KeyValue, TokenRows
+from ltxlite.models.layers import TokenRows
 from ltxlite.models.passes import Pass, RowWeights, Timesteps
 from ltxlite.models.settings import Settings
 from ltxlite.models.transformer import Transformer
@@ -177,9 +178,9 @@ def test_timesteps_are_held_once_per_distinct_value() -> None:
 def test_modulation_rows_are_looked_up_per_token() -> None:
     rows = torch.arange(24.0).reshape(2, 3, 4)
     held = TokenRows(rows, torch.tensor([[0, 1, 1, 0]]))
-    assert torch.equal(held.row(2, slice(1, 3))[0], rows[[1, 1], 2])
+    assert torch.equal(held.vectors(2, slice(1, 3)).spread()[0], rows[[1, 1], 2])
     shared = TokenRows(rows, torch.tensor([[1]]))
-    assert torch.equal(shared.row(0, slice(5, 9)), rows[None, 1:, 0])
+    assert torch.equal(shared.vectors(0, slice(5, 9)).spread(), rows[None, 1:, 0])
 
 
 def test_configs_that_are_not_implemented_are_refused_by_name() -> None:

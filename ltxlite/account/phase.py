@@ -73,12 +73,15 @@ Components = Mapping[str, Component]
 class Levers:
     """What a plan may turn: the dtype, tokens of a chunk, bytes of a group of decoded frames.
 
+    math, capability: what the transformer computes in, and of which card (`math_mode`).
     trace: remember where in the program each storage was made; costs half as much again.
     """
 
     dtype: torch.dtype = torch.bfloat16
     chunk: int = TOKEN_CHUNK
     group_bytes: int = GROUP_BYTES
+    math: str = "bf16"
+    capability: int | None = None
     trace: bool = False
 
 

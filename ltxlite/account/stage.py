@@ -21,6 +21,7 @@ from ltxlite.account.phase import (
 from ltxlite.conditioning import LatentState
 from ltxlite.denoise import Denoiser, Prompt, Stream
 from ltxlite.geometry import AudioGrid, LatentGrid, audio_positions, video_positions
+from ltxlite.math_mode import set_math
 from ltxlite.memory.blank import stored_bytes
 from ltxlite.models.connector import CONTEXT_LENGTH
 from ltxlite.models.transformer import AdaLN, Transformer
@@ -41,6 +42,7 @@ def stage_phases(
     )
     transformer = made.network
     transformer.chunk = levers.chunk
+    set_math(transformer, levers.math, levers.capability)
     with torch.inference_mode():
         denoiser = _denoiser(transformer, stage, levers.dtype)  # on the CPU: it looks at values
         with metered(levers) as meter:

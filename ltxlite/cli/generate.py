@@ -150,6 +150,13 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="quantize large matrices while loading: Q8_0, Q4_0, ..., fp8, int8, nf4 (default: no)",
     )
     group.add_argument(
+        "--math",
+        choices=("auto", "int8", "fp16", "bf16", "fp8"),
+        default="auto",
+        help="what the transformer's products are computed in (default: by card and file; without "
+        "a GPU the --dtype)",
+    )
+    group.add_argument(
         "--no-cache", action="store_true", help="encode prompts anew, keep no contexts on disk"
     )
     add_budget(group)

@@ -42,7 +42,8 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
     if options.prompt is None:
         raise RequestError('no prompt: say what to see and hear with --prompt "..."')
     files, strengths = files_of(options)
-    networks = open_networks(files, options.device, options.dtype, options.quantize)
+    given = (options.device, options.dtype, options.quantize, options.math)
+    networks = open_networks(files, *given)
     model = _model(networks, options.variant, note)
     stages = _stages(options, model)
     if needs_distilled_lora(stages, model) and not options.distilled_lora:
@@ -64,6 +65,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
+        math=options.math,
     )
     _lint(request, networks, model, bool(options.distilled_lora), note)
     return request, networks
@@ -85,7 +87,8 @@ def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks
         raise RequestError(f"{path}: the job would overwrite the clip it is read from; use -o")
     request = replace(request, output=replace(request.output, path=str(target)))
     note(f"job from {path}: {request.prompt[:60]!r}, seed {request.seed}")
-    return request, open_networks(request.files, request.device, request.dtype, request.quantize)
+    given = (request.device, request.dtype, request.quantize, request.math)
+    return request, open_networks(request.files, *given)
 
 
 def files_of(options: argparse.Namespace) -> tuple[Files, list[tuple[Strength, ...]]]:

@@ -9,19 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ltxlite.models.layers import (
-    TOKEN_CHUNK,
-    Attention,
-    AttentionShape,
-    FeedForward,
-    KeyValue,
-    TokenRows,
-    add_gated_rows,
-    add_rows,
-    attention,
-    modulate,
-    rms_norm,
-)
+from ltxlite.models.activation import Activation, Normed, Tail, Vectors, modulate
+from ltxlite.models.attention import Attention, AttentionShape, KeyValue, attention
+from ltxlite.models.layers import TOKEN_CHUNK, FeedForward, TokenRows, add_rows
 from ltxlite.models.passes import Pass, RowWeights, Skip, StreamRope
 from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
 
@@ -87,52 +77,52 @@ class StreamBlock(nn.Module):
         module, x = self.self_attention, state.x
         table = state.modulation.plus(self.table, x.dtype)
 
-        def source(rows: slice) -> Tensor:
-            return modulate(rms_norm(x[:, rows], self.eps), table.row(0, rows), table.row(1, rows))
+        def source(rows: slice) -> Activation:
+            return self._modulated(x, table, 0, rows)
 
         kv = module.keys_values(source, x.shape[1], state.rope.own, chunk)
 
-        def update(rows: slice) -> tuple[Tensor, Tensor]:
+        def update(rows: slice, residual: Tensor) -> Tensor:
             queries = source(rows)
             mixed = self._mix(queries, kv, state, rows, skip)
-            return module.output(queries, mixed), table.row(2, rows)
+            tail = Tail(gate=table.vectors(2, rows), residual=residual)
+            return module.output(queries, mixed, tail)
 
-        state.x = add_gated_rows(x, update, chunk)
+        state.x = add_rows(x, update, chunk)
+
+    def _modulated(self, x: Tensor, table: TokenRows, first: int, rows: slice) -> Normed:
+        """Return normalised rows of x, modulated by the table's rows first (shift) and +1."""
+        shift, scale = table.vectors(first, rows), table.vectors(first + 1, rows)
+        return Normed(x[:, rows], self.eps, shift, scale)
 
     def _mix(
-        self, x: Tensor, kv: KeyValue, state: StreamState, rows: slice, skip: bool | Tensor
+        self, given: Activation, kv: KeyValue, state: StreamState, rows: slice, skip: bool | Tensor
     ) -> Tensor:
         if skip is True:
             return kv.value[:, rows]
-        q = self.self_attention.queries(x, state.rope.own, rows)
+        q = self.self_attention.queries(given, state.rope.own, rows)
         mixed = weighted_attention(q, kv, self.self_attention.heads, state.weights, rows)
         if isinstance(skip, Tensor):
-            return torch.where(skip.to(x.device)[:, None, None], kv.value[:, rows], mixed)
+            return torch.where(skip.to(q.device)[:, None, None], kv.value[:, rows], mixed)
         return mixed
 
     def attend_text(self, state: StreamState, chunk: int) -> None:
         """Add attention to the prompt, modulated on both sides in 2.3, plain in 2.0."""
         module, x = self.text_attention, state.x
         context = self._modulated_context(state)
-        kv = module.keys_values(
-            lambda rows: context[:, rows], context.shape[1], None, context.shape[1]
-        )
+        tokens = context.shape[1]
+        kv = module.keys_values(lambda rows: Activation(context[:, rows]), tokens, None, tokens)
         table = state.modulation.plus(self.table, x.dtype)
 
-        def plain(rows: slice) -> Tensor:
-            queries = rms_norm(x[:, rows], self.eps)
-            out: Tensor = module(queries, kv, rows=rows, bias=state.context_bias)
+        def update(rows: slice, residual: Tensor) -> Tensor:
+            queries, tail = Normed(x[:, rows], self.eps), Tail(residual=residual)
+            if self.prompt_table is not None:
+                queries = self._modulated(x, table, 6, rows)
+                tail = Tail(gate=table.vectors(8, rows), residual=residual)
+            out: Tensor = module(queries, kv, None, rows, state.context_bias, tail)
             return out
 
-        def modulated(rows: slice) -> tuple[Tensor, Tensor]:
-            text = table.modulation(6, rows)
-            queries = modulate(rms_norm(x[:, rows], self.eps), text.shift, text.scale)
-            return module(queries, kv, rows=rows, bias=state.context_bias), text.gate
-
-        if self.prompt_table is None:
-            state.x = add_rows(x, plain, chunk)
-        else:
-            state.x = add_gated_rows(x, modulated, chunk)
+        state.x = add_rows(x, update, chunk)
 
     def _modulated_context(self, state: StreamState) -> Tensor:
         if self.prompt_table is None:
@@ -142,29 +132,31 @@ class StreamBlock(nn.Module):
             return modulate(state.context, shift, scale)
         vectors = state.prompt.plus(self.prompt_table, state.x.dtype)
         every = slice(None)
-        return modulate(state.context, vectors.row(0, every), vectors.row(1, every))
+        shift, scale = (vectors.vectors(number, every).spread() for number in range(2))
+        return modulate(state.context, shift, scale)
 
     def feed(self, state: StreamState, chunk: int) -> None:
         """Add the feed-forward layer."""
         x = state.x
         table = state.modulation.plus(self.table, x.dtype)
 
-        def update(rows: slice) -> tuple[Tensor, Tensor]:
-            ff = table.modulation(3, rows)
-            hidden = modulate(rms_norm(x[:, rows], self.eps), ff.shift, ff.scale)
-            return self.feed_forward(hidden), ff.gate
+        def update(rows: slice, residual: Tensor) -> Tensor:
+            tail = Tail(gate=table.vectors(5, rows), residual=residual)
+            out: Tensor = self.feed_forward(self._modulated(x, table, 3, rows), tail)
+            return out
 
-        state.x = add_gated_rows(x, update, chunk)
+        state.x = add_rows(x, update, chunk)
 
-    def towards(self, state: StreamState, rows: slice, first: int) -> Tensor:
+    def towards(self, state: StreamState, rows: slice, first: int) -> Activation:
         """Return this stream's rows as one side of a cross attention (table rows first, +1)."""
         table = state.cross.plus(self.cross_table[:4], state.x.dtype)
-        x = rms_norm(state.x[:, rows], self.eps)
-        return modulate(x, table.row(first + 1, rows), table.row(first, rows))
+        shift, scale = table.vectors(first + 1, rows), table.vectors(first, rows)
+        return Normed(state.x[:, rows], self.eps, shift, scale)
 
     def received_gate(self, state: StreamState) -> Tensor:
-        """Return the gate (B, 1, W) of what the other stream sends."""
-        return state.gate.plus(self.cross_table[4:], state.x.dtype).row(0, slice(None))
+        """Return the gate (B or 1, 1, W) of what the other stream sends."""
+        gate = state.gate.plus(self.cross_table[4:], state.x.dtype)
+        return gate.vectors(0, slice(None)).spread()
 
 
 def weighted_attention(
@@ -254,8 +246,9 @@ class Block(nn.Module):
         )
         every = slice(0, audio.x.shape[1])
         queries = self.audio.towards(audio, every, 2)
-        out: Tensor = module(queries, kv, audio.rope.cross, every)
-        return out * self.audio.received_gate(audio)
+        tail = Tail(gate=Vectors.of_samples(self.audio.received_gate(audio)))
+        out: Tensor = module(queries, kv, audio.rope.cross, every, None, tail)
+        return out
 
     def _update_video(
         self, video: StreamState, audio: StreamState, keep: Tensor | float, chunk: int
@@ -267,13 +260,15 @@ class Block(nn.Module):
             audio.rope.cross,
             chunk,
         )
-        gate = self.video.received_gate(video) * keep
+        gate = Vectors.of_samples(self.video.received_gate(video) * keep)
 
-        def update(rows: slice) -> tuple[Tensor, Tensor]:
+        def update(rows: slice, residual: Tensor) -> Tensor:
             queries = self.video.towards(video, rows, 0)
-            return module(queries, kv, video.rope.cross, rows), gate
+            tail = Tail(gate=gate, residual=residual)
+            out: Tensor = module(queries, kv, video.rope.cross, rows, None, tail)
+            return out
 
-        video.x = add_gated_rows(video.x, update, chunk)
+        video.x = add_rows(video.x, update, chunk)
 
 
 def _samples(skipped: bool | Tensor, receiver: StreamState) -> Tensor | float | None:

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError, ShapeError
-from ltxlite.models.layers import (
-    TOKEN_CHUNK,
-    Attention,
-    AttentionShape,
-    FeedForward,
-    add_rows,
-    rms_norm,
-)
+from ltxlite.models.activation import Activation, Normed, Tail, rms_norm
+from ltxlite.models.attention import Attention, AttentionShape
+from ltxlite.models.layers import TOKEN_CHUNK, FeedForward, add_rows
 from ltxlite.models.rope import Layout, Rope, RopeSpec, rope_table
 from ltxlite.models.settings import Settings
 
@@ -141,11 +136,13 @@ class ConnectorBlock(nn.Module):
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
         normed, tokens = rms_norm(x, _EPS), x.shape[1]
-        kv = self.attention.keys_values(lambda rows: normed[:, rows], tokens, rope, TOKEN_CHUNK)
-        x = x + self.attention(normed, kv, rope)
+        kv = self.attention.keys_values(
+            lambda rows: Activation(normed[:, rows]), tokens, rope, TOKEN_CHUNK
+        )
+        x = x + self.attention(Activation(normed), kv, rope)
 
-        def update(rows: slice) -> Tensor:
-            out: Tensor = self.feed_forward(rms_norm(x[:, rows], _EPS))
+        def update(rows: slice, residual: Tensor) -> Tensor:
+            out: Tensor = self.feed_forward(Normed(x[:, rows], _EPS), Tail(residual=residual))
             return out
 
         return add_rows(x, update, TOKEN_CHUNK)

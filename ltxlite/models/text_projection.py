@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError, ShapeError
+from ltxlite.models.activation import rms_norm
 from ltxlite.models.connector import ConnectorConfig
 from ltxlite.models.gemma_config import GemmaConfig
-from ltxlite.models.layers import apply_to_all, rms_norm
+from ltxlite.models.layers import apply_to_all
 from ltxlite.models.settings import Settings
 
 _EPS = 1e-6

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxlite.geometry import midpoints
+from ltxlite.models.activation import modulate
 from ltxlite.models.block import Block, PassState, StreamState
-from ltxlite.models.layers import TOKEN_CHUNK, TokenRows, map_rows, modulate
+from ltxlite.models.layers import TOKEN_CHUNK, TokenRows, map_rows
 from ltxlite.models.passes import Pass, Skip, StreamInput, StreamRope, Timesteps, Velocity
 from ltxlite.models.rope import RopeSpec, rope_table
 from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
@@ -130,7 +131,7 @@ class StreamEnds(nn.Module):
 
         def rows(tokens: slice) -> Tensor:
             x = F.layer_norm(state.x[:, tokens], state.x.shape[-1:], eps=self.eps)
-            shift, scale = vectors.row(0, tokens), vectors.row(1, tokens)
+            shift, scale = (vectors.vectors(number, tokens).spread() for number in range(2))
             out: Tensor = self.head(modulate(x, shift, scale))
             return out.float()
 

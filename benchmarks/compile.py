@@ -124,9 +124,10 @@ def problems(row: Row, recorded: Mapping[str, Row]) -> list[str]:
         found.append(f"{row['spills']} loads and stores of spilled registers")
     if row["shared"] > SHARED[row["arch"]]:
         found.append(f"{row['shared']} bytes of shared memory, {SHARED[row['arch']]} allowed")
-    wanted = TENSOR_CORE.get(row["tensor_core"] or "", ())
-    if set(row["tensor"]) - set(wanted) or (wanted and not row["tensor"]):
-        found.append(f"tensor-core instructions {row['tensor']}, wanted {wanted or 'none'}")
+    kinds = [TENSOR_CORE[kind] for kind in (row["tensor_core"] or "").split()]
+    used = set(row["tensor"])
+    if used - {name for names in kinds for name in names} or not all(used & set(k) for k in kinds):
+        found.append(f"tensor-core instructions {row['tensor']}, wanted {kinds or 'none'}")
     if row["loads"].get("1") and not row["byte_loads"]:
         found.append(f"{row['loads']['1']} loads of a single byte")
     found += _grown(row, recorded.get(name)) if recorded else []

@@ -1,22 +1,24 @@
 """From results to what people and machines read: conditions, table, JSON, verdicts."""
 
 import datetime
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from benchmarks.harness import Result, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console  # `engine` runs where there is none
 
 ROOT = Path(__file__).resolve().parent
 
@@ -118,8 +120,10 @@ def _row(row: Row) -> dict[str, Any]:
     }
 
 
-def show(header: Mapping[str, Any], results: Sequence[Result], console: Console) -> None:
+def show(header: Mapping[str, Any], results: Sequence[Result], console: "Console") -> None:
     """Print conditions and one table a case."""
+    from rich.table import Table
+
     console.print(" · ".join(f"{key} {value}" for key, value in header.items()), style="dim")
     for result in results:
         facts = ", ".join(f"{key} {value}" for key, value in result.case.facts.items())
@@ -135,7 +139,7 @@ def show(header: Mapping[str, Any], results: Sequence[Result], console: Console)
 
 def _cells(row: Row) -> list[str]:
     if row.missing is not None:
-        return [row.name, escape(row.missing)]
+        return [row.name, row.missing.replace("[", r"\[")]  # rich would read [rivals] as markup
     times = (row.median_ms, row.percentile_ms(10), row.percentile_ms(90))
     peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
     error = "-" if row.error is None else f"{row.error:.1e}"
@@ -174,6 +178,22 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     )
     ordered = [*missed, *(verdict for verdict in verdicts if verdict.met)]
     return f"{head}: " + "; ".join(verdict.line for verdict in ordered)
+
+
+def conclude(document: dict[str, Any], results: Sequence[Result], check: bool, out: bool) -> int:
+    """Judge if asked to, keep if asked to, print JSON as the last line; 1 if a target is missed."""
+    verdicts = judge(results, read_targets(document["benchmark"])) if check else []
+    if check:
+        document["targets"] = [{"met": item.met, "line": item.line} for item in verdicts]
+    if out:
+        path = results_path(document["conditions"], document["benchmark"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        print(f"kept as {path}", file=sys.stderr)
+    print(json.dumps(document), flush=True)
+    if check:
+        print(summary(verdicts), file=sys.stderr)
+    return 0 if all(item.met for item in verdicts) else 1
 
 
 def results_path(header: Mapping[str, Any], name: str, root: Path = ROOT / "results") -> Path:

@@ -7,6 +7,8 @@ decoded whole. Its attention is the operator that ours is counted with.
 A naive run: the running network resident, all tokens in one chunk, the clip decoded in one pass.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,17 +45,23 @@ def diffusers_bytes(components: Components, stage: StageJob, levers: Levers) -> 
 
 
 def _diffusers_activations(batch: int, stage: StageJob, levers: Levers) -> int:
+    run = diffusers_run(1, batch, stage, levers)
+    with torch.inference_mode(), metered(levers) as meter:
+        run()
+    return meter.peak_bytes + meter.library_bytes
+
+
+def diffusers_run(layers: int, batch: int, stage: StageJob, levers: Levers) -> Callable[[], object]:
+    """Return an evaluation of diffusers' transformer of so many blocks, on meta."""
     from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
 
-    settings = _diffusers_settings(settings_of(FULL)) | {"num_layers": 1}
+    settings = _diffusers_settings(settings_of(FULL)) | {"num_layers": layers}
     with META:
         model = LTX2VideoTransformer3DModel(**settings)
     for value in model.parameters():
         value.data = value.data.to(levers.dtype)
     model.eval()
-    with torch.inference_mode(), metered(levers) as meter:
-        model(**_diffusers_inputs(batch, stage, levers.dtype), return_dict=False)
-    return meter.peak_bytes + meter.library_bytes
+    return lambda: model(**_diffusers_inputs(batch, stage, levers.dtype), return_dict=False)
 
 
 def _diffusers_inputs(

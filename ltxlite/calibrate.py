@@ -18,6 +18,7 @@ from ltxlite.convert.source import source_files
 from ltxlite.encode import Contexts, encode_prompts
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.importance import Importance, read_importance, write_importance
+from ltxlite.math_errors import MathErrors, write_errors
 from ltxlite.models.connector import Connector
 from ltxlite.models.gemma import Gemma
 from ltxlite.models.gemma_config import GemmaConfig
@@ -103,14 +104,20 @@ def _matrices(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class WatchedNetworks(Networks):
     """Networks that are measured as soon as they are loaded."""
 
-    def __init__(self, networks: Networks, moments: Moments, text: bool) -> None:
+    def __init__(
+        self, networks: Networks, moments: Moments, text: bool, errors: MathErrors | None = None
+    ) -> None:
         self.__dict__.update(vars(networks))  # all they were opened with, whatever that is
-        self._moments = moments
+        self.math = "bf16"  # linears that multiply codes have no values to look at
+        self._moments, self._errors = moments, errors
         self._components = ("transformer", *TEXT) if text else ("transformer",)
 
     def transformer(self, prepare: Prepare | None = None) -> Transformer:
         """Load the transformer; `prepare` may change it before its blocks find their places."""
-        return self._watched("transformer", super().transformer(prepare))
+        network = self._watched("transformer", super().transformer(prepare))
+        if self._errors is not None:
+            self._errors.watch(network)
+        return network
 
     def gemma(self) -> Gemma:
         """Load the text encoder."""
@@ -153,13 +160,14 @@ class Calibration:
     """What is measured, and where it is kept.
 
     requests: one a prompt, equal but for prompt and seed.  text: also measure what encodes prompts.
-    add: go on with a target that exists.
+    add: go on with a target that exists.  errors: where to write what int8 costs each layer.
     """
 
     requests: tuple[Request, ...]
     target: Path
     text: bool = False
     add: bool = False
+    errors: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.requests:
@@ -195,8 +203,8 @@ def calibrate(
     CheckpointError for a file to add to that is none, or is of a model of other sizes.
     """
     clock = Clock(report)
-    moments = Moments()
-    watched = WatchedNetworks(networks, moments, asked.text)
+    moments, errors = Moments(), None if asked.errors is None else MathErrors()
+    watched = WatchedNetworks(networks, moments, asked.text, errors)
     watched.on_load = lambda loaded: report.note(loaded.line())
     models = watched.models()
     earlier = _earlier(asked, models, clock)
@@ -210,6 +218,8 @@ def calibrate(
         measured = moments.taken(done, models)
         total = measured if earlier is None else earlier.plus(measured)
         write_importance(asked.target, total)
+        if asked.errors is not None and errors is not None:
+            write_errors(asked.errors, errors.taken())
         watched.on_load = None  # told once
     assert total is not None  # at least one prompt
     if unread := moments.unread:

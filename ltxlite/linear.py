@@ -45,12 +45,16 @@ class QuantMatrix(nn.Module):
     def decoded(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """Return rows of the matrix, decoded: (rows, K) in `dtype`."""
         if self.format.name in scaled.SCALINGS:
-            parts = {name: self.get_buffer(name) for name in self.part_names}
-            return scaled.dequantize(self.blocks, self.format, parts, self.columns, dtype, rows)
+            given = (self.blocks, self.format, self.parts(), self.columns)
+            return scaled.dequantize(*given, dtype, rows)
         blocks = self.blocks[rows]
         if self.format.dtype is not None:  # not quantized, but of another dtype than its network
             return blocks.view(self.format.dtype).to(dtype)
         return dequantize(blocks, self.format, (len(blocks), self.columns), dtype)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the format's parts by their names."""
+        return {name: self.get_buffer(name) for name in self.part_names}
 
     def is_finite(self) -> bool:
         """Tell whether every value is a finite number; decodes all of them."""
@@ -84,7 +88,8 @@ class QuantLinear(QuantMatrix, Multiplier):
     """A Linear whose weight stays quantized; a piece at a time is decoded for the product.
 
     Buffers: those of the weight, and bias (N,) or None.  The weight is decoded to the dtype of the
-    input, or, with an `arithmetic`, to its codes.  row_scales: what that keeps of a weight (N,).
+    input, or, with an `arithmetic`, to its codes.  scales: what that keeps of a weight (N,), once
+    it has `measured` it.
     """
 
     bias: Tensor | None
@@ -97,7 +102,8 @@ class QuantLinear(QuantMatrix, Multiplier):
             )
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.arithmetic: Arithmetic | None = None
-        self.row_scales: Tensor | None = None
+        self.scales: Tensor | None = None
+        self.measured = False
 
     @property
     def in_features(self) -> int:

@@ -128,9 +128,7 @@ class LowRankLinear(Multiplier):
         y = base.multiply(given, PLAIN)
         return tail.applied(self._added(given.values(), y, active))
 
-    def _coded(
-        self, base: QuantLinear, dtype: torch.dtype, active: list[_Active]
-    ) -> Pieces:
+    def _coded(self, base: QuantLinear, dtype: torch.dtype, active: list[_Active]) -> Pieces:
         assert base.arithmetic is not None
         for rows in base.pieces(dtype):
             yield rows, base.arithmetic.coded(self._merged_rows(rows, dtype, active), base)
@@ -147,6 +145,12 @@ class LowRankLinear(Multiplier):
             dtype.itemsize,
             self.codes,
         )
+
+    def idle(self) -> frozenset[str]:
+        """Return the names of the factors that are not read at the present strengths."""
+        read = self._numbers()
+        left = (number for number in range(len(self.sources)) if number not in read)
+        return frozenset(f"{factor}{number}" for number in left for factor in "ab")
 
     def _numbers(self) -> list[int]:
         return [i for i, strength in enumerate(self.strengths) if strength * self.scales[i]]

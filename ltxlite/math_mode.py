@@ -1,29 +1,38 @@
 """Gives the linears and attentions of a transformer the arithmetic they compute in.
 
 The choice is a table (`ltxlite_kernels.dispatch`) by mode, card and stored format; layers that were
-measured to suffer are left in bf16.
+measured to suffer (`math_errors`) are left in bf16.
 """
 
-import re
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from ltxlite.arithmetic import Arithmetic, Int8
+from ltxlite.arithmetic import Arithmetic, Fp8, Fp16, Int8
 from ltxlite.errors import RequestError
 from ltxlite.linear import QuantLinear
+from ltxlite.models.block import Block
 from ltxlite.models.transformer import Transformer
-from ltxlite_kernels.dispatch import FP8_FROM, Math, Stored, linear_math
+from ltxlite_kernels.configs import ATTENTION_HEAD_DIMS
+from ltxlite_kernels.dispatch import (
+    FP8_FROM,
+    INT8_ATTENTION_FROM,
+    Math,
+    Stored,
+    attention_math,
+    linear_math,
+)
 from ltxlite_kernels.rotate import HAVE_TRITON
 from ltxlite_quant.formats import FORMATS, BlockFormat
 from ltxlite_quant.scaled import SCALINGS
 from ltxlite_quant.tensor import QuantTensor
 
 ARITHMETICS: Mapping[Math, Arithmetic | None] = MappingProxyType(
-    {Math.INT8: Int8(), Math.BF16: None}
+    {Math.INT8: Int8(), Math.FP16: Fp16(), Math.FP8: Fp8(), Math.BF16: None}
 )
 _PLAIN = {item.dtype: item for item in FORMATS.values() if item.dtype is not None}
 
@@ -37,12 +46,13 @@ def capability_of(device: torch.device) -> int | None:
 
 
 def set_math(
-    network: Transformer, mode: str, capability: int | None, exact: Sequence[str] = ()
+    network: Transformer, mode: str, capability: int | None, exact: Iterable[str] = ()
 ) -> dict[Math, int]:
     """Give every linear of the blocks its arithmetic; returns how many have which.
 
-    mode: a name of `Math`.  exact: patterns of module names whose linears stay in bf16.  Works before and behind LoRAs, and
-    on meta.  Raises RequestError where a card cannot do what is asked.
+    mode: a name of `Math`.  exact: linears, or modules full of them, that stay in bf16, by name.
+    Works before and behind LoRAs, and on meta.  Raises RequestError where a card cannot do what is
+    asked.
     """
     mode = Math(mode)
     if mode is Math.FP8 and capability is not None and capability < FP8_FROM:
@@ -51,18 +61,32 @@ def set_math(
             f"begins with {FP8_FROM / 10} (RTX 40); --math int8 is faster there"
         )
     counts: Counter[Math] = Counter()
+    spared = set(exact)
     for name, linear, owner, attribute in list(_linears(network)):
         math = linear_math(mode, capability, _kind(_format(linear)))
-        if any(re.search(pattern, name) for pattern in exact):
+        if not spared.isdisjoint(itertools.accumulate(name.split("."), "{}.{}".format)):
             math = Math.BF16
         counts[math] += 1
         if (arithmetic := ARITHMETICS[math]) is not None:
-            coded = linear if isinstance(linear, QuantLinear) else _as_stored(linear)
+            coded = linear if isinstance(linear, QuantLinear) else as_stored(linear)
             coded.arithmetic = arithmetic
+            coded.scales, coded.measured = None, False
             setattr(owner, attribute, coded)
         elif isinstance(linear, QuantLinear):
             linear.arithmetic = None
+    _set_attention(network, attention_math(mode, capability), capability)
     return dict(counts)
+
+
+def _set_attention(network: Transformer, math: Math, capability: int | None) -> None:
+    """Let long self-attention have int8 scores, where a kernel has heads of that size."""
+    for block in nn.ModuleList.children(network.blocks):
+        assert isinstance(block, Block)
+        for stream in (block.video, block.audio):
+            module = stream.self_attention
+            known = capability is None or module.head_dim in ATTENTION_HEAD_DIMS
+            int8 = math is Math.INT8 and known
+            module.int8_from = INT8_ATTENTION_FROM if int8 else None
 
 
 def _linears(network: Transformer) -> "list[tuple[str, nn.Linear | QuantLinear, nn.Module, str]]":
@@ -89,7 +113,7 @@ def _kind(block_format: BlockFormat) -> Stored:
     return Stored.BLOCKS if packed else Stored.PLAIN
 
 
-def _as_stored(linear: nn.Linear) -> QuantLinear:
+def as_stored(linear: nn.Linear) -> QuantLinear:
     """Return a plain linear as one whose weight is brought into codes when it is used."""
     weight = linear.weight.detach()
     rows = weight.contiguous().view(torch.uint8)

@@ -113,6 +113,7 @@ class Networks(NetworkConfigs):
         torch.ones(1).exp()
         self.window = DecodeWindow(GROUP_BYTES)  # how the picture is decoded
         self.math = "auto"  # what the transformer computes in
+        self.exact: tuple[str, ...] = ()  # layers that do not
         self.loaded: list[Loaded] = []
         self.lora_models: list[OpenModel] = []  # their factors may be read from their files
         self.on_load: Callable[[Loaded], None] | None = None
@@ -135,7 +136,7 @@ class Networks(NetworkConfigs):
         network = self._assembled("transformer", lambda: Transformer(config))
         if self.memory is not None and self.memory.chunk is not None:
             network.chunk = self.memory.chunk
-        set_math(network, self.math, capability_of(self.device))
+        set_math(network, self.math, capability_of(self.device), self.exact)
         if prepare is not None:
             prepare(network)
         self._place(network, "transformer")

@@ -1,5 +1,6 @@
 """Opens the files of a job, headers only, and chooses device and dtype."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,18 @@ from ltxlite.request import Files
 
 
 def open_networks(
-    files: Files, device: str, dtype: str, quantize: str | None = None, math: str = "auto"
+    files: Files,
+    device: str,
+    dtype: str,
+    quantize: str | None = None,
+    math: str = "auto",
+    exact: Sequence[str] = (),
 ) -> Networks:
     """Open all files of a job, headers only. Raises CheckpointError if one is not usable.
 
     quantize: what matrices become while they load (`checkpoint.at_load`); RequestError if it is
-    no type that can be made on the device.  math: what the transformer computes in (`math_mode`).
+    no type that can be made on the device.  math: what the transformer computes in (`math_mode`),
+    but for the layers named `exact`.
     """
     slots = (
         ("--text-encoder", files.text_encoder, ("text_encoder",)),
@@ -39,7 +46,7 @@ def open_networks(
     chosen = choose_device(device)
     at_load = None if quantize is None else AtLoad.named(quantize, chosen)
     networks = Networks(ModelFiles(opened), chosen, _dtype(dtype, chosen), at_load)
-    networks.math = math
+    networks.math, networks.exact = math, tuple(exact)
     return networks
 
 

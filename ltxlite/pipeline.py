@@ -7,7 +7,7 @@ Source of the recipes: LTX-2 400fd31, ltx_pipelines; restated in model.md 5.
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,11 @@ from ltxlite.media.output import VideoSettings
 from ltxlite.media.video_writer import VideoWriter, create_video
 from ltxlite.memory import place
 from ltxlite.memory.budget import Budget
+from ltxlite.models.rolling import GROUP_BYTES
 from ltxlite.models.tiled_window import decode_window
 from ltxlite.models.transformer import Transformer
 from ltxlite.networks import Networks
-from ltxlite.planning import RUNGS, plan_job
+from ltxlite.planning import RUNGS, plan_job, smaller_window, window_of
 from ltxlite.progress import Clock, Report
 from ltxlite.request import Request
 from ltxlite.resume import SavedRun
@@ -94,10 +95,7 @@ def generate(
     with closing(networks), SavedRun(request, networks, report.note) as saved:
         progress = (None if means.fresh else saved.load()) or beginning(request, networks)
         latents = sample_latents(request, networks, progress, clock, saved.save, means)
-        clock.begin("decode sound", 1)
-        waveform, rate = decode_sound(networks, latents.audio)
-        clock.begin("decode picture", request.frames)
-        write_clip(request, decode_picture(networks, latents.video), (waveform, rate), clock)
+        decode(request, networks, latents, clock)
         saved.discard()
     return Result(Path(request.output.path), request.frames, clock.finish())
 
@@ -129,6 +127,7 @@ def make_plan(
     nearest requests that would.
     """
     if means.budget is None:
+        networks.window = window_of(networks, request, GROUP_BYTES)
         return
     plan = plan_job(networks, request, means.budget, open_loras(request, networks), rung)
     for line in plan.lines():
@@ -181,12 +180,16 @@ def sample_latents(
             if means.budget is None or rung == RUNGS:
                 raise
             clock.note(f"out of memory ({_first_line(error)}); going on with a smaller plan")
-        # Outside of the handler: the error's traceback held the tensors of the failed step.
-        gc.collect()
-        if networks.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free_unused(networks.device)
         make_plan(request, networks, means, clock, rung)
     raise AssertionError("the last rung returns or raises")
+
+
+def _free_unused(device: torch.device) -> None:
+    """Give back what a failed step held; behind its handler, whose traceback held it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:
@@ -264,6 +267,34 @@ def attach_loras(
         if warning := other_generation(lora, version):
             clock.note(warning)
     return loras
+
+
+def decode(request: Request, networks: Networks, latents: Latents, clock: Clock) -> None:
+    """Decode sound and picture and write the clip.
+
+    Where the card runs out of memory the picture is decoded again, through a smaller window: the
+    same frames, as long as no tiles are needed.
+    """
+    sound: tuple[Tensor, int] | None = None
+    for attempt in range(1, RUNGS + 1):
+        try:
+            if sound is None:
+                clock.begin("decode sound", 1)
+                sound = decode_sound(networks, latents.audio)
+            clock.begin("decode picture", request.frames)
+            write_clip(request, decode_picture(networks, latents.video), sound, clock)
+            return
+        except torch.OutOfMemoryError as error:
+            if attempt == RUNGS:
+                raise
+            reason = _first_line(error)
+        _free_unused(networks.device)
+        if sound is not None:  # the sound's decoding has nothing that could be made smaller
+            frames, rows, columns = latents.video.shape[2:]
+            with suppress(BudgetError):  # the smallest one may still fit a little later
+                networks.window = smaller_window(networks, (frames, rows, columns))
+        tiles = "" if networks.window.is_whole else ", in tiles"
+        clock.note(f"out of memory ({reason}); decoding anew, with less{tiles}")
 
 
 def decode_sound(networks: Networks, latent: Tensor) -> tuple[Tensor, int]:

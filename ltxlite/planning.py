@@ -9,7 +9,7 @@ import torch
 from ltxlite.account import Levers, components_of, job_of, phases, text_phases
 from ltxlite.checkpoint.lora import Lora
 from ltxlite.errors import BudgetError, RequestError
-from ltxlite.geometry import size_multiple
+from ltxlite.geometry import ClipShape, size_multiple
 from ltxlite.math_mode import capability_of
 from ltxlite.memory.budget import Budget
 from ltxlite.memory.machine import CpuMachine, CudaMachine
@@ -17,9 +17,11 @@ from ltxlite.memory.place import Memory
 from ltxlite.memory.plan import Need, Plan, fit
 from ltxlite.models.layers import TOKEN_CHUNK
 from ltxlite.models.rolling import GROUP_BYTES
-from ltxlite.models.window import DecodeWindow, choose_window
+from ltxlite.models.tiling import Span, Tiling
+from ltxlite.models.window import DecodeWindow, choose_window, classical_window, narrower
 from ltxlite.networks import Networks
 from ltxlite.request import Request
+from ltxlite.stages import stage_shape
 
 # Chunks are halved until the job fits: each time the largest temporary halves. Every chunk decodes
 # the block's weights again, 5 % of an RTX 3060's time for a product of 1.8k to 3.1k tokens, of a
@@ -99,12 +101,12 @@ class _Planner:
         job = job_of(request, self._networks)
         found = phases(self._components, job, levers, self._text)
         *needs, decode = [phase.need() for phase in found]
-        window = DecodeWindow(levers.group_bytes)
-        if decode.least() > self._budget.usable:
+        window = window_of(self._networks, request, levers.group_bytes)
+        if window.is_classical:
+            decode = replace(decode, activations=window.need_bytes * 21 // 20)
+        elif decode.least() > self._budget.usable:
             room = self._budget.usable - decode.fixed - decode.workspace
-            clip = job.stages[-1].shape
-            latents = (clip.frames, clip.rows, clip.columns)
-            itemsize = levers.dtype.itemsize
+            latents, itemsize = _extent(job.stages[-1].shape), levers.dtype.itemsize
             window = choose_window(self._networks.video_config(), latents, room, itemsize)
             decode = replace(decode, activations=window.need_bytes)
         return JobPlan(fit([*beside_transformer(needs), decode], self._budget), levers, window)
@@ -119,6 +121,31 @@ class _Planner:
                     continue
                 yield text
                 break
+
+
+def window_of(networks: Networks, request: Request, group_bytes: int) -> DecodeWindow:
+    """Return how a request wants its picture decoded: in one piece, or in the classical tiles."""
+    tiles = request.output.tiles
+    if tiles is None:
+        return DecodeWindow(group_bytes)
+    spans = Span(tiles.size, tiles.overlap), Span(tiles.frames, tiles.frames_overlap)
+    tiling = Tiling.auto(request.height, request.width, *spans)
+    latents = _extent(stage_shape(request, request.stages[-1], networks))
+    itemsize = networks.dtype.itemsize
+    return classical_window(networks.video_config(), latents, tiling, group_bytes, itemsize)
+
+
+def smaller_window(networks: Networks, latents: tuple[int, int, int]) -> DecodeWindow:
+    """Return a window that needs less than the present one. Raises BudgetError if none does.
+
+    latents: frames, rows and columns of the clip.
+    """
+    itemsize = networks.dtype.itemsize
+    return narrower(networks.video_config(), latents, networks.window, itemsize)
+
+
+def _extent(shape: ClipShape) -> tuple[int, int, int]:
+    return shape.frames, shape.rows, shape.columns
 
 
 def beside_transformer(needs: Sequence[Need]) -> list[Need]:

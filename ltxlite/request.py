@@ -90,17 +90,44 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the classical decode cuts the picture: pixels of the long side, and frames.
+
+    The short side is cut alike, in tiles of the picture's shape. The defaults are the official
+    ones. Source: LTX-2 400fd31 TileSizeConfig.
+    """
+
+    size: int = 768
+    overlap: int = 64
+    frames: int = 80
+    frames_overlap: int = 24
+
+    def __post_init__(self) -> None:
+        for what, size, overlap, unit in (
+            ("pixels", self.size, self.overlap, 32),
+            ("frames", self.frames, self.frames_overlap, 8),
+        ):
+            if size < 2 * unit or size % unit or overlap % unit or not 0 <= overlap < size:
+                raise RequestError(
+                    f"tiles of {size} {what} overlapping by {overlap}: wanted multiples of "
+                    f"{unit}, a size from {2 * unit} on and less overlap than that"
+                )
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """Where the clip goes and how it is coded.
 
     path: an .mp4, or a folder for PNG frames and a WAV.  crop: deliver the clip cut to this
-    (width, height) around its centre.  wav: also write the sound there.
+    (width, height) around its centre.  wav: also write the sound there.  tiles: decode in tiles
+    that are blended, as the official pipelines do; None decodes exactly.
     """
 
     path: str
     crf: int = 19
     crop: tuple[int, int] | None = None
     wav: str | None = None
+    tiles: Tiles | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.crf <= 51:
@@ -112,7 +139,7 @@ class Request:
     """A whole job. Sizes are final pixels, already snapped; `fps` is exact ("24000/1001").
 
     quantize: a type that matrices of the blocks are quantized to while they load.  math: what
-    the transformer's products are computed in.
+    the transformer's products are computed in.  exact: layers that stay in bf16 all the same.
     """
 
     prompt: str
@@ -129,6 +156,7 @@ class Request:
     dtype: DType = "auto"
     quantize: str | None = None
     math: MathName = "auto"
+    exact: tuple[str, ...] = ()
     version: int = JOB_VERSION
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from ltxlite.account import phase as phase_module
 from ltxlite.account.inputs import _weights
 from ltxlite.account.media import image_phase, picture_phase, sound_phases, upscale_phase
 from ltxlite.account.phase import CARD, META, blank, metered
-from ltxlite.account.stage import _denoiser, _sample, _to_card, stage_phases
+from ltxlite.account.stage import make_denoiser, move_denoiser, sample_steps, stage_phases
 from ltxlite.account.text import text_phases
 from ltxlite.checkpoint.files import ModelFiles
 from ltxlite.geometry import ClipShape
@@ -57,14 +57,14 @@ def test_a_stage_is_accounted_as_it_runs_on_a_cpu(name: str) -> None:
         parameter.data.normal_(std=0.1)
     network.chunk = FP32.chunk
     with torch.inference_mode():
-        denoiser = _denoiser(network, stage, FP32.dtype)
+        denoiser = make_denoiser(network, stage, FP32.dtype)
         levels = torch.rand(stage.levels)
         with ActivationMeter("cpu") as tables:
             network.tabulate(levels)
         with ActivationMeter("cpu", CARD) as meter:
-            _sample(denoiser, stage)
+            sample_steps(denoiser, stage)
         with metered(FP32) as given:
-            _to_card(denoiser)
+            move_denoiser(denoiser)
     inputs = given.current_bytes + tables.current_bytes  # there before the CPU samples
     # Norms of a CPU hold a number a row elsewhere in time than those of a card.
     assert activations(stage) == pytest.approx(inputs + meter.peak_bytes, rel=0.01)

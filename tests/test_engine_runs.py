@@ -1,21 +1,25 @@
 """Whole jobs under a plan: the clip of a streamed run is the clip of a plain one, byte for byte."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ltxlite import pipeline, planning
 from ltxlite.cli import main
 from ltxlite.memory import plan as plan_module
 from ltxlite.memory.budget import Budget
 from ltxlite.memory.plan import Need, Plan
-from ltxlite.memory.stream import Placement
+from ltxlite.memory.stream import Placement, Streamer
 from ltxlite.models.passes import Pass
 from ltxlite.models.transformer import Transformer
+from ltxlite.models.video_vae import VideoDecoder
+from ltxlite.models.window import DecodeWindow
+from ltxlite.networks import Networks
 
 PROMPT = "a red circle moves left"
 BUDGET = ("--vram", "4GiB")
@@ -96,6 +100,37 @@ def test_guided_and_two_step_samplers_run_streamed_too(
     assert clip_of(demo_files, tmp_path, (*guided, *BUDGET)) == wanted
 
 
+@pytest.mark.parametrize("name", ["all streamed from RAM", "all from disk"])
+def test_a_lora_that_one_stage_does_without_is_there_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    golden = Path(__file__).parent / "golden" / "models"
+    files = (
+        golden / "tiny-2.3-distilled.safetensors",
+        golden / "tiny-2.3-spatial-upscaler-x2.safetensors",
+        golden / "gemma3_tiny",
+    )
+    lora = str(golden / "tiny-distilled-lora-r4.safetensors")
+    # With all blocks resident: a plain run holds the base in fp32, where beside costs less.
+    wanted = clip_of(files, tmp_path, ["--no-cache", "--lora", f"{lora}:0,1", *BUDGET])
+    without = clip_of(files, tmp_path, ["--no-cache", "--lora", f"{lora}:0,0", *BUDGET])
+    assert wanted != without
+    moved: list[int] = []
+    plain = Streamer.walk
+
+    def walk(self: Streamer) -> Iterator[nn.Module]:
+        yield from plain(self)
+        moved.append(self.report.moved)
+
+    force(PLACEMENTS[name], monkeypatch)
+    monkeypatch.setattr(Streamer, "walk", walk)
+    found = clip_of(files, tmp_path, ["--no-cache", "--lora", f"{lora}:0,1", *BUDGET])
+    assert found == wanted
+    # The transformer's two steps without the factors, then three with them.
+    first, second = moved[-5:-3], moved[-3:]
+    assert len({*first}) == len({*second}) == 1 and first[0] < second[0]
+
+
 def test_what_cannot_fit_is_refused_before_anything_loads(
     demo_files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +163,70 @@ def test_a_run_out_of_memory_goes_on_with_a_smaller_plan_to_the_same_clip(
     assert told.count("going on with a smaller plan") == 2
     # Two steps and three: five evaluations and the two that failed, so no step was done twice.
     assert len(calls) == 7
+
+
+def test_a_decode_out_of_memory_begins_anew_with_a_smaller_window_and_its_very_bytes(
+    demo_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain, windows = pipeline.decode_window, []
+
+    def failing(decoder: VideoDecoder, latent: Tensor, window: DecodeWindow) -> Iterator[Tensor]:
+        windows.append(window)
+        for number, frames in enumerate(plain(decoder, latent, window)):
+            yield frames
+            if len(windows) < 3 and number == 0:  # frames of it are written already
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pipeline, "decode_window", failing)
+    found = clip_of(demo_files, tmp_path, ["--no-cache", *BUDGET])
+    told = capsys.readouterr().err
+    assert told.count("decoding anew, with less") == 2
+    assert all(window.is_whole for window in windows)
+    first, second, third = (window.group_bytes for window in windows)
+    # So small a picture has but one window that needs a tenth less: a frame at a time.
+    assert first > second == third
+    # The bits of a convolution depend on how many frames it sees, the clip on nothing else.
+    monkeypatch.setattr(pipeline, "decode_window", plain)
+    monkeypatch.setattr(pipeline, "window_of", lambda *_: windows[-1])
+    assert clip_of(demo_files, tmp_path, ["--no-cache"]) == found
+    assert len(list(tmp_path.glob("run*/*"))) == 2, "nothing else is left behind"
+
+
+def test_a_sound_out_of_memory_is_decoded_again(
+    demo_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = clip_of(demo_files, tmp_path, ["--no-cache"])
+    plain, calls = pipeline.decode_sound, []
+
+    def failing(networks: Networks, latent: Tensor) -> tuple[Tensor, int]:
+        calls.append(networks.window)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(networks, latent)
+
+    monkeypatch.setattr(pipeline, "decode_sound", failing)
+    assert clip_of(demo_files, tmp_path, ["--no-cache"]) == wanted
+    assert len(calls) == 2 and calls[0] == calls[1], "the picture's window is not the sound's fault"
+
+
+def test_a_decode_that_never_fits_is_one_line_and_the_run_can_be_continued(
+    demo_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object) -> Iterator[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield  # a generator, as the real one
+
+    monkeypatch.setattr(pipeline, "decode_window", failing)
+    assert generate(demo_files, tmp_path / "clip.mp4", "--no-cache") == 1
+    last = capsys.readouterr().err.strip().splitlines()
+    assert "CUDA out of memory" in last[-2] and "continues at the decoding" in last[-1]
+    assert [path.name for path in tmp_path.glob("clip*")] == ["clip.mp4.ltxlite-resume"]
 
 
 def test_memory_that_never_suffices_ends_in_one_line(

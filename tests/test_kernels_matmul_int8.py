@@ -6,23 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from kernel_device import INTERPRETED, kernel_device
+from matmul_oracle import ENDINGS, ROUNDING, assert_close, epilogue_of, exact
 from test_kernels_quantize import randoms
-from torch import Tensor
 
 from ltxlite.memory.meter import ActivationMeter
-from ltxlite_kernels.configs import MATMUL_INT8, matmul_int8_config
+from ltxlite_kernels import matmul, reference_matmul
+from ltxlite_kernels.card import INTERPRETED as RTX_3060
+from ltxlite_kernels.card import Card
+from ltxlite_kernels.configs import MATMUL, matmul_config, matmul_parts
 from ltxlite_kernels.matmul_int8 import matmul_int8
 from ltxlite_kernels.quantize import quantize_rows
 from ltxlite_kernels.rotate import Rotation
 from ltxlite_kernels.rows import PLAIN, Epilogue, ScaledRows
-from ltxlite_quant import FORMATS, FormatError
-from ltxlite_quant.encode_scaled import quantize_scaled
+from ltxlite_quant import FormatError
 
-# Rounding to the dtype of the result; fp32 itself adds 2^-24 for each of a handful of operations
-# and, of GELU, the fast exponential's 2 ULPs.
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-21}
+FP32 = 2.0**-21  # of a term that is added: a handful of operations
 
 
 @pytest.fixture
@@ -37,44 +36,8 @@ def int8_rows(rows: int, columns: int, seed: int, device: str = "cpu") -> Scaled
     return ScaledRows(codes.to(device), scales.to(device), Rotation.NONE)
 
 
-def exact(a: ScaledRows, w: ScaledRows, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
-    """Compute the product and its epilogue in float64."""
-    left, right = (rows.codes.cpu().double() for rows in (a, w))
-    scales = a.scales.cpu().double()[:, None] * w.scales.cpu().double()
-    y = left @ right.T * scales  # sums of integers: exact
-    if bias is not None:
-        y = y + bias.cpu().double()
-    if epilogue.gelu:
-        y = F.gelu(y, approximate="tanh")
-    if epilogue.gate is not None:
-        gate = epilogue.gate.cpu().double()
-        y = y * (gate if epilogue.index is None else gate[epilogue.index.cpu().long()])
-    if epilogue.residual is not None:
-        y = y + epilogue.residual.cpu().double()
-    return y
-
-
-def epilogue_of(kind: str, rows: int, features: int, dtype: torch.dtype, device: str) -> Epilogue:
-    gates = {"own": rows, "index": 3}.get(kind, 1)
-    table = randoms(gates, features + 3, seed=5).to(dtype)[:, :features]  # strided
-    index = torch.arange(rows, dtype=torch.int32) % 3 if kind == "index" else None
-    residual = randoms(rows, features, seed=6).to(dtype)
-    return Epilogue(
-        gelu=kind == "gelu",
-        gate=table.to(device) if kind in ("shared", "own", "index") else None,
-        index=None if index is None else index.to(device),
-        residual=residual.to(device) if kind != "gelu" else None,
-    )
-
-
-def assert_close(found: Tensor, wanted: Tensor, terms: float) -> None:
-    """Compare with float64: a rounding of each value, and fp32's of the largest term."""
-    tolerance = ROUNDING[found.dtype] * wanted.abs() * 1.01 + terms * 2.0**-21
-    assert ((found.cpu().double() - wanted).abs() <= tolerance).all()
-
-
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("kind", ["gelu", "shared", "own", "index", "residual"])
+@pytest.mark.parametrize("kind", ENDINGS)
 @pytest.mark.parametrize(("rows", "features", "columns"), [(65, 68, 144), (3, 33, 100)])
 def test_kernel_multiplies_with_every_epilogue(device, kind, dtype, rows, features, columns):
     a, w = int8_rows(rows, columns, 1, device), int8_rows(features, columns, 2, device)
@@ -83,20 +46,18 @@ def test_kernel_multiplies_with_every_epilogue(device, kind, dtype, rows, featur
     buffer = torch.full((rows + 2, features + 5), torch.nan, dtype=dtype, device=device)
     found = matmul_int8(a, w, bias, epilogue, buffer[:rows, :features])
     wanted = exact(a, w, bias, epilogue)
-    assert_close(found, wanted, terms=4 * float(wanted.abs().max()))
+    assert_close(found, wanted, 4 * float(wanted.abs().max()) * FP32)
     assert buffer[rows:].isnan().all()
     assert buffer[:, features:].isnan().all()
 
 
-@pytest.mark.parametrize("config", sorted(set(MATMUL_INT8[86] + MATMUL_INT8[90]), key=str))
+@pytest.mark.parametrize("config", sorted(set(MATMUL["int8"][86] + MATMUL["int8"][90]), key=str))
 def test_kernel_multiplies_with_every_configuration(device, config, monkeypatch):
-    from ltxlite_kernels import matmul_int8 as module
-
-    monkeypatch.setattr(module, "matmul_int8_config", lambda *_: config[1])
+    monkeypatch.setattr(matmul, "matmul_config", lambda *_: config[1])
     a, w = int8_rows(130, 208, 3, device), int8_rows(260, 208, 4, device)
     found = matmul_int8(a, w, dtype=torch.float32)
     # The sums are exact: a rounding to fp32 and two products remain.
-    assert_close(found, exact(a, w, None, PLAIN), terms=0)
+    assert_close(found, exact(a, w, None, PLAIN))
 
 
 def test_kernel_adds_to_the_residual_in_place(device):
@@ -107,7 +68,7 @@ def test_kernel_adds_to_the_residual_in_place(device):
     wanted = exact(a, w, None, epilogue)
     found = matmul_int8(a, w, None, Epilogue(gate=gate, residual=x), x)
     assert found is x
-    assert_close(x, wanted, terms=4.0)
+    assert_close(x, wanted, 4 * FP32)
 
 
 def test_kernel_sums_the_largest_codes_exactly(device):
@@ -127,7 +88,25 @@ def test_kernel_writes_beyond_two_to_the_31_elements(device):
     a, w = int8_rows(rows, 32, 7, device), int8_rows(17, 32, 8, device)
     residual = out.fill_(1)
     found = matmul_int8(a, w, None, Epilogue(residual=residual), out)
-    assert_close(found, exact(a, w, None, PLAIN) + 1, terms=1.0)
+    assert_close(found, exact(a, w, None, PLAIN) + 1, FP32)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "index"])
+@pytest.mark.parametrize("columns", [4096, 6144 + 20])
+def test_kernel_adds_up_parts_of_a_sum(device, kind, columns):
+    a, w = int8_rows(3, columns, 11, device), int8_rows(70, columns, 12, device)
+    config = matmul_config("int8", RTX_3060, 3, 70)
+    assert matmul_parts(config, RTX_3060, (3, 70), columns) == columns // 2048
+    epilogue = epilogue_of(kind, 3, 70, torch.float32, device)
+    buffer = torch.full((5, 75), torch.nan, device=device)
+    found = matmul_int8(a, w, None, epilogue, buffer[:3, :70])
+    wanted = exact(a, w, None, epilogue)
+    assert_close(found, wanted, 4 * float(wanted.abs().max()) * FP32)
+    assert buffer[3:].isnan().all()
+    assert buffer[:, 70:].isnan().all()
+    # Sums of integers have the same bits, in whatever order.
+    plain = matmul_int8(a, w, dtype=torch.float32)
+    assert torch.equal(plain, reference_matmul.matmul(a, w, dtype=torch.float32))
 
 
 def test_kernel_passes_nan_on(device):
@@ -148,26 +127,59 @@ def test_columns_of_an_epilogue_give_columns_of_the_result():
     assert torch.equal(whole, parts)
 
 
-def test_a_convrot_weight_is_int8_rows_as_it_lies_in_its_file():
-    weight, x = randoms(12, 512, seed=1), randoms(5, 512, seed=2)
-    quant = quantize_scaled(weight, FORMATS["INT8_CONVROT"])
-    scales = quant.parts["scale"].expand(12, 1)[:, 0].contiguous()
-    w = ScaledRows(quant.blocks.view(torch.int8), scales, Rotation.REGULAR_256)
-    a = quantize_rows(x, Rotation.REGULAR_256)
-    found = matmul_int8(a, w, dtype=torch.float32)
-    wanted = x.double() @ quant.dequantize().double().T
-    # Rounding the activation alone: steps of 4 / 127 of a deviation, a 1 / √12 of it.
-    assert (found - wanted).norm() < 1.2 * 4 / 127 / 12**0.5 * wanted.norm()
+RTX_4060, RTX_4090, H200 = Card(89, 24), Card(89, 128), Card(90, 132)
 
 
-def test_configurations_are_chosen_by_card_and_rows():
-    assert matmul_int8_config(86, 5000).block_m == 128
-    assert matmul_int8_config(86, 126).block_m == 64
-    assert matmul_int8_config(90, 5000).block_n == 2 * matmul_int8_config(90, 5000, True).block_n
-    assert matmul_int8_config(87, 5000) is matmul_int8_config(86, 5000)
-    assert matmul_int8_config(75, 1) is matmul_int8_config(80, 1)
-    assert matmul_int8_config(121, 9) is matmul_int8_config(120, 9)
-    assert matmul_int8_config(90, 4096) is not matmul_int8_config(89, 4096)
+def test_tiles_are_the_largest_that_fill_a_card():
+    sizes = {
+        (card.multiprocessors, rows, features): (config.block_m, config.block_n)
+        for card in (RTX_3060, RTX_4060, RTX_4090)
+        for rows, features in ((14080, 4096), (500, 2048), (126, 8192), (126, 2048), (1, 4096))
+        for config in [matmul_config("int8", card, rows, features)]
+    }
+    small = {key for key, size in sizes.items() if size == (64, 64)}
+    # Counts of tiles: 500x2048 has 256 of 64x64 and 128 of 64x128, two for each of a 4060's 24.
+    assert small == {
+        (28, 126, 8192), (28, 126, 2048), (28, 1, 4096),
+        (24, 126, 8192), (24, 126, 2048), (24, 1, 4096),
+        (128, 500, 2048), (128, 126, 8192), (128, 126, 2048), (128, 1, 4096),
+    }  # fmt: skip
+    assert all(sizes[count, 14080, 4096] == (128, 128) for count in (24, 28, 128))
+    assert sizes[28, 500, 2048] == sizes[24, 500, 2048] == (64, 128)
+
+
+def test_sums_are_split_where_tiles_leave_a_card_half_idle():
+    def parts(card: Card, rows: int, features: int, columns: int) -> int:
+        config = matmul_config("int8", card, rows, features)
+        return matmul_parts(config, card, (rows, features), columns)
+
+    for card in (RTX_3060, RTX_4060):  # filled by the tiles of every matmul of the audio stream
+        assert parts(card, 126, 2048, 2048) == parts(card, 126, 2048, 8192) == 1
+    # 64 tiles of four warps, where 128 and 132 multiprocessors want eight warps each.
+    assert parts(RTX_4090, 126, 2048, 8192) == parts(H200, 126, 2048, 8192) == 4
+    assert parts(RTX_4090, 126, 2048, 2048) == 1  # parts of 2048 or more
+    assert parts(RTX_4090, 500, 2048, 8192) == parts(RTX_4090, 14080, 4096, 16384) == 1
+
+
+def test_partial_sums_are_accounted_as_the_largest_card_makes_them():
+    def workspace(rows: int, features: int, columns: int) -> int:
+        a = torch.empty(rows, columns, dtype=torch.int8, device="meta")
+        out = torch.empty(rows, features, device="meta")
+        return matmul.workspace_bytes(None, [a], None, False, [], out)
+
+    assert workspace(126, 2048, 8192) == 4 * 126 * 2048 * 4
+    assert workspace(6144, 4096, 16384) == workspace(126, 2048, 2048) == 0
+
+
+def test_configurations_are_chosen_by_card():
+    def config(capability: int, rows: int, adds: bool = False) -> object:
+        return matmul_config("int8", Card(capability, 1), rows, 4096, adds)
+
+    assert config(87, 5000) is config(86, 5000)
+    assert config(75, 1) is config(80, 1)
+    assert config(121, 9) is config(120, 9)
+    assert config(90, 4096) is not config(89, 4096)
+    assert config(90, 5000).block_n == 2 * config(90, 5000, adds=True).block_n
 
 
 def test_what_does_not_fit_is_refused():
@@ -182,6 +194,7 @@ def test_what_does_not_fit_is_refused():
         ((a, w, None, Epilogue(gate=gate, index=index.long())), "int32"),
         ((a, w, None, Epilogue(index=index)), "no gate"),
         ((a, w, None, Epilogue(residual=torch.zeros(4, 5))), "residual"),
+        ((a, ScaledRows(w.codes.half(), w.scales, w.rotation)), "torch.int8 rows, got torch.fl"),
         ((a, w, None, PLAIN, torch.zeros(6, 4).T), "side by side"),
         ((a, w, None, PLAIN, torch.zeros(4, 6, dtype=torch.int32)), "out is"),
     )

@@ -8,7 +8,10 @@ import torch
 from kernel_device import kernel_device, run_interpreted
 from torch import Tensor
 
-from ltxlite_kernels import quantize, reference, rotate
+from ltxlite_kernels import quantize, reference, reference_matmul, rotate
+from ltxlite_kernels.card import Card
+from ltxlite_kernels.coding import Coding
+from ltxlite_kernels.norm_modulate import norm_modulate
 from ltxlite_kernels.quantize import norm_modulate_quantize, quantize_rows
 from ltxlite_kernels.rotate import Rotation
 from ltxlite_kernels.rows import ScaledRows
@@ -67,7 +70,7 @@ def test_kernel_rounds_rows_with_the_bits_of_its_twin(device, dtype, rows, colum
     x = (randoms(rows, columns + 8) * 10).to(dtype)[:, :columns].to(device)  # strided
     codes, scales = poisoned(rows, columns, device)
     part = codes[: rows * columns].view(rows, columns)
-    torch.ops.ltxlite.quantize_rows(x, 0, part, scales[:rows])
+    torch.ops.ltxlite.quantize_rows(x, 0, 127.0, part, scales[:rows])
     wanted = reference.quantize_rows(x.cpu())
     # Products, one exact division and rounding to even are the same everywhere: equal bits.
     assert torch.equal(part.cpu(), wanted.codes)
@@ -135,9 +138,91 @@ def test_kernel_norms_without_modulation(device):
     assert steps_off(found, modulated(x, zeros, zeros, 1e-5)) <= 0.5001
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [100, 3840])
+def test_kernel_keeps_values_exact_in_fp16_codes(device, dtype, columns):
+    x = (randoms(4, columns + 8, seed=11) * torch.tensor([[1e-20], [0.3], [1], [1e4]])).to(dtype)
+    x = x[:, :columns]  # strided
+    x[2, 5] = 2.0**15  # a power of two itself
+    found = quantize_rows(x.to(device), Coding(torch.float16))
+    codes, scales = found.codes.cpu().double(), found.scales.cpu().double()
+    assert (scales.log2() % 1 == 0).all()
+    # Zeros alone, where fp16 has no 1e-20, stay below: a row of zeros has a scale to divide by.
+    used = x.abs().amax(1) > 0
+    assert (codes.abs().amax(1)[used] >= 32).all() and (codes.abs() < 64).all()
+    off = (codes * scales[:, None] - x.double()).abs()
+    # Exact down to 2^-14, fp16's smallest normal number; below it by half of its last bit, 2^-25.
+    below = codes.abs() < 2**-14
+    assert (off[~below] == 0).all()
+    assert (off <= 2**-25 * scales[:, None]).all()
+
+
+@pytest.mark.parametrize("limit", [None, 28.0, 2.0])
+@pytest.mark.parametrize("rotation", [Rotation.NONE, Rotation.REGULAR_256])
+def test_kernel_rounds_rows_to_fp8_up_to_a_limit(device, rotation, limit):
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8")
+    x = (randoms(5, 768, seed=12) * torch.tensor([[1e-9], [1], [7], [1e3], [1e6]])).bfloat16()
+    coding = Coding(torch.float8_e4m3fn, rotation, limit)
+    found = quantize_rows(x.to(device), coding)
+    codes, scales = found.codes.cpu().double(), found.scales.cpu().double()[:, None]
+    assert (codes.abs().amax(1) == coding.largest).all()
+    wanted = turned(x, rotation)
+    # Half of the last of three bits, or half of the smallest step, 2^-9; ROTATED_STEPS says what
+    # a rotation adds to either, in 1/127 of the largest.
+    more = (ROTATED_STEPS - 0.5) / 127 * coding.largest * scales if rotation else 1e-6 * scales
+    off = (codes * scales - wanted).abs()
+    assert (off <= (2**-4 * 1.001 * wanted.abs()).clamp(min=2**-10 * scales) + more).all()
+
+
+@pytest.mark.parametrize("coding", [Coding(torch.float16), Coding(torch.float8_e4m3fn)])
+def test_kernel_gives_floating_codes_with_the_bits_of_its_twin(device, coding):
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8")
+    x = randoms(5, 300, seed=13).bfloat16()
+    x[1], x[2, 7] = 0, torch.nan
+    found, wanted = quantize_rows(x.to(device), coding), reference.quantize_rows(x, coding)
+    assert torch.equal(found.codes[:2].cpu().float(), wanted.codes[:2].float())
+    assert torch.equal(found.codes[3:].cpu().float(), wanted.codes[3:].float())
+    assert torch.equal(found.scales.cpu()[[0, 1, 3, 4]], wanted.scales[[0, 1, 3, 4]])
+    assert found.scales[2].isnan() and found.codes[2, 7].isnan()
+    assert (found.codes[1].float() == 0).all() and found.scales[1] > 0
+
+
+def test_kernel_norms_and_modulates_to_floating_codes(device):
+    x, table = (randoms(3, 768, seed=14) * 30).bfloat16(), randoms(2, 768, seed=15).bfloat16()
+    given = (x, table[:1], table[1:], None)
+    moved = (None if tensor is None else tensor.to(device) for tensor in given)
+    found = norm_modulate_quantize(*moved, 1e-6, Coding(torch.float16))
+    wanted = modulated(x, table[:1], table[1:], 1e-6)
+    off = found.codes.cpu().double() * found.scales.cpu().double()[:, None] - wanted
+    # fp16 has 11 bits; fp32 leaves 2^-19 of the largest values beside (sums of 768 squares).
+    assert (off.abs() <= 2**-11 * wanted.abs() + 2**-19 * wanted.abs().amax(1, True)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", ["none", "shared", "index"])
+def test_kernel_norms_and_modulates_values(device, dtype, how):
+    x = (randoms(5, 300, seed=16) * 30).to(dtype)[:, :100]
+    table = None if how == "none" else randoms(3, 2, 100, seed=17).to(dtype)
+    shift, scale = (None, None) if table is None else table[: 1 if how == "shared" else 3].unbind(1)
+    index = torch.tensor([2, 0, 1, 1, 2], dtype=torch.int32) if how == "index" else None
+    given = (x, shift, scale, index)
+    moved = (None if tensor is None else tensor.to(device) for tensor in given)
+    found = norm_modulate(*moved, 1e-6)
+    at = slice(None) if index is None else index.long()
+    zeros = torch.zeros(1, 100)
+    wanted = modulated(x, *((zeros, zeros) if table is None else (shift[at], scale[at])), 1e-6)
+    # One rounding, and fp32's 2^-20 of norm * (1 + scale) or of shift: below 2^-17 of the largest.
+    rounding = torch.finfo(dtype).eps / 2
+    off = (found.cpu().double() - wanted).abs()
+    assert found.dtype == dtype
+    assert (off <= rounding * 1.01 * wanted.abs() + 2**-20 * wanted.abs().max()).all()
+
+
 def test_the_kernel_tests_pass_under_the_interpreter():
-    files = ("quantize", "int8_weight", "matmul_int8")
-    assert "100 passed" in run_interpreted(*(f"test_kernels_{name}.py" for name in files))
+    files = ("quantize", "int8_weight")
+    assert " passed" in run_interpreted(*(f"test_kernels_{name}.py" for name in files))
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
@@ -171,7 +256,7 @@ def test_an_outlier_channel_costs_little_when_rotated():
     errors = {}
     for rotation in Rotation:
         a, b = (reference.quantize_rows(each, rotation) for each in (x, w))
-        y = reference.matmul_int8(a, b, dtype=torch.float32)
+        y = reference_matmul.matmul(a, b, dtype=torch.float32)
         errors[rotation] = float((y - exact).norm() / exact.norm())
     # One value of 100 among 1023 of 1: steps of 100 / 127 against 100 / √size / 127.
     assert errors[Rotation.NONE] > 4 * errors[Rotation.SIGNS_128]
@@ -197,6 +282,27 @@ def test_the_slow_path_on_a_gpu_is_said(monkeypatch):
     monkeypatch.setattr(quantize, "HAVE_TRITON", False)
     with pytest.warns(RuntimeWarning, match="Triton is not installed"):
         assert not quantize.runs_kernel(SimpleNamespace(is_cuda=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit", "message"),
+    [
+        (torch.bfloat16, None, "codes are"),
+        (torch.int8, 128.0, "1 to 127"),
+        (torch.float16, 48.0, "a power of two"),
+        (torch.float8_e4m3fn, 0.5, "1 to 448"),
+    ],
+)
+def test_codings_that_make_no_sense_are_refused(dtype, limit, message):
+    with pytest.raises(FormatError, match=message):
+        Coding(dtype, limit=limit)
+
+
+def test_cards_without_fp8_get_no_fp8_codes(monkeypatch):
+    monkeypatch.setattr(quantize, "card_of", lambda _: Card(86, 28))
+    x = SimpleNamespace(is_cuda=True, shape=(1, 16), device="cpu")
+    with pytest.raises(FormatError, match=r"capability 8\.9, this card has 8\.6"):
+        quantize.empty_rows(x, Coding(torch.float8_e4m3fn))
 
 
 def test_tables_that_do_not_fit_are_refused():

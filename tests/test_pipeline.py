@@ -14,11 +14,12 @@ from ltxlite.cli import main
 from ltxlite.linear import QuantLinear
 from ltxlite.media.container import read_metadata
 from ltxlite.media.video_reader import read_video
+from ltxlite.models.tiling import Span, Tiling, tiled_decode
 from ltxlite.networks import Networks
 from ltxlite.opening import open_networks
 from ltxlite.pipeline import JOB_TAG, encode, run_stages
 from ltxlite.progress import Clock, Report
-from ltxlite.request import Files, Output, Request, Stage
+from ltxlite.request import Files, Output, Request, Stage, Tiles
 from ltxlite.sampling.samplers import SAMPLERS
 from ltxlite.sampling.settings import Guidance
 from ltxlite.stages import Latents, beginning
@@ -89,6 +90,60 @@ def test_a_clip_carries_its_job_and_runs_again_to_the_same_clip(
         main(["generate", "--job", str(tmp_path / "job.json"), "-o", str(second), "--quiet"]) == 0
     )
     assert torch.equal(once.frames, read_video(second).frames)
+
+
+def test_the_classical_tiles_are_a_choice_that_travels_with_the_job(
+    demo_files: FrozenFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, tiled, again = (tmp_path / f"{name}.mp4" for name in ("plain", "tiled", "again"))
+    size = ("--size", "256x128", "--frames", "25", "--steps", "1", "--crf", "0")
+    chosen = ("--tiled-decode", "128,64,16,8")
+    assert main(flags(demo_files, plain, *size)) == 0
+    assert main(flags(demo_files, tiled, *size, *chosen)) == 0
+    request = Request.from_json(read_metadata(tiled)[JOB_TAG], "clip")
+    assert request.output.tiles == Tiles(128, 64, 16, 8)
+    assert main(["generate", "--job", str(tiled), "-o", str(again), "--quiet"]) == 0
+    frames = [read_video(path).frames for path in (plain, tiled, again)]
+    assert frames[1].shape == frames[0].shape == (25, 128, 256, 3)
+    assert torch.equal(frames[1], frames[2])
+    assert not torch.equal(frames[0], frames[1]), "tiles are an approximation"
+    # What `tiled_decode` makes of these very tiles.
+    networks = open_networks(request.files, "cpu", "float32")
+    begun = beginning(request, networks)
+    clock = Clock(Report())
+    *_, final = run_stages(request, networks, encode(request, networks, clock), begun, clock)
+    tiling = Tiling.auto(128, 256, Span(128, 64), Span(16, 8))
+    decoder = networks.video_decoder()
+    wanted = torch.cat(list(tiled_decode(decoder, final.latents.video, tiling)), dim=2)
+    pixels = (wanted[0].permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5
+    # 4:2:0 and rounding: on average a few code values on noise.
+    assert (frames[1].float() - pixels).abs().mean() < 12
+    plan = ["plan", *flags(demo_files, tiled)[1:], *size, *chosen, "--vram", "4GiB"]
+    capsys.readouterr()
+    assert main(plan) == 0
+    assert "decoded in tiles" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("768", "wanted SIZE,OVERLAP"),
+        ("768,64,80", "wanted SIZE,OVERLAP"),
+        ("a,b", "wanted SIZE,OVERLAP"),
+        ("770,64", "multiples of 32"),
+        ("128,128", "less overlap"),
+        ("768,64,12,4", "multiples of 8"),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused_in_a_line(
+    demo_files: FrozenFiles,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    words: str,
+) -> None:
+    assert main(flags(demo_files, tmp_path / "clip.mp4", "--tiled-decode", text)) == 1
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def request_with(files: FrozenFiles, stages: tuple[Stage, ...], **changes: object) -> Request:

@@ -126,3 +126,10 @@ def test_slots_are_given_back_while_another_network_works_and_residents_stay() -
     resident = roomy.phases[0].residence.resident
     assert roomy.phases[1].peak == upscale.base + resident <= 3 * GIB
     assert roomy.phases[0].peak == stage.base + resident + roomy.phases[0].residence.slots
+
+
+def test_what_fits_into_ram_is_pinned_whole_whatever_arenas_add() -> None:
+    # Streamed blocks are padded: a bound of their very sum would leave one of them on disk.
+    residence = fit([need(0)], budget(3)).phases[0].residence
+    assert residence is not None and residence.read == 0 and residence.pinned == residence.moved
+    assert residence.placement.pinned_bytes is None

@@ -55,7 +55,7 @@ class LocalEncoder(LocalDecoder):
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tiles be computed at once, as networks without layers want it."""
-    monkeypatch.setattr(tiling, "decode_frames", lambda network, x: iter([network(x)]))
+    monkeypatch.setattr(tiling, "decode_frames", lambda network, x, _: iter([network(x)]))
     monkeypatch.setattr(
         tiling, "encode_frames", lambda network, parts: network(torch.cat(list(parts), dim=2))
     )

@@ -1,6 +1,7 @@
 """The prediction of decoding against the account of the real code, and the choice it serves."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,10 +9,18 @@ import torch
 from ltxlite.errors import BudgetError
 from ltxlite.memory.meter import ActivationMeter
 from ltxlite.models.rolling import decode_frames
-from ltxlite.models.tiling import Span, space_tiles
+from ltxlite.models.tiling import Span, Tiling, space_tiles
 from ltxlite.models.video_vae import VideoDecoder
 from ltxlite.models.video_vae_config import VideoVAEConfig
-from ltxlite.models.window import GROUP_LADDER, Clip, choose_window, decode_need
+from ltxlite.models.window import (
+    GROUP_LADDER,
+    Clip,
+    DecodeWindow,
+    choose_window,
+    classical_window,
+    decode_need,
+    narrower,
+)
 
 RELEASED = VideoVAEConfig.released("2.3")
 HD: Clip = (16, 34, 60)  # 1920x1088, 121 frames
@@ -118,3 +127,46 @@ def test_wider_numbers_need_as_much_more() -> None:
     narrow = dataclasses.replace(RELEASED, decoder_width=64)
     # The latent's own channels and the pixels' stay, which is little.
     assert decode_need(narrow, HD, 1) == pytest.approx(decode_need(RELEASED, HD, 1) / 2, rel=0.01)
+
+
+def test_the_official_tiles_need_what_their_largest_tile_does() -> None:
+    window = classical_window(RELEASED, HD, Tiling.auto(1088, 1920), 32 << 20)
+    assert (window.frames, window.columns) == (Span(10, 3), Span(24, 2))
+    assert window.rows == Span(14, 2)  # 24 x 34 / 60, rounded
+    assert window.is_classical and not window.is_whole
+    # Tiles after the first begin with a frame more; the account of one is the oracle.
+    counted = account("2.3", (11, 14, 24), 32 << 20, torch.bfloat16)
+    assert window.need_bytes == pytest.approx(counted, rel=0.055)
+    # Two stretches of 81 frames in fp32.
+    assert window.host_bytes == 2 * 81 * 1088 * 1920 * 3 * 4
+
+
+def test_a_clip_within_one_tile_needs_no_more_than_the_clip() -> None:
+    clip: Clip = (3, 5, 7)
+    window = classical_window(RELEASED, clip, Tiling.auto(160, 224), 1 << 20, 4)
+    assert window.need_bytes == decode_need(RELEASED, clip, 1 << 20, 4)
+
+
+@pytest.mark.parametrize("clip", [HD, (3, 5, 7)])
+def test_windows_grow_narrower_until_nothing_needs_less(clip: Clip) -> None:
+    window, needs = DecodeWindow(GROUP_LADDER[0]), [decode_need(RELEASED, clip, GROUP_LADDER[0])]
+    with pytest.raises(BudgetError, match="decode: "):
+        for _ in range(99):
+            window = narrower(RELEASED, clip, window)
+            needs.append(window.need_bytes)
+    assert 2 <= len(needs) < 40
+    # choose_window keeps 5 % for what the account may be above its prediction.
+    assert all(less * 21 // 20 <= more * 9 // 10 for more, less in itertools.pairwise(needs))
+    assert clip != HD or not window.is_whole
+
+
+def test_classical_tiles_stay_what_they_are_as_their_groups_shrink() -> None:
+    window = classical_window(RELEASED, HD, Tiling.auto(1088, 1920), GROUP_LADDER[0])
+    smaller = narrower(RELEASED, HD, window)
+    kept = ("frames", "rows", "columns", "host_bytes")
+    assert all(getattr(smaller, name) == getattr(window, name) for name in kept)
+    assert smaller.group_bytes < window.group_bytes
+    assert smaller.need_bytes <= 0.9 * window.need_bytes
+    with pytest.raises(BudgetError, match="make them smaller"):
+        for _ in range(9):
+            window = narrower(RELEASED, HD, window)

@@ -33,29 +33,6 @@ SCRATCH_BYTES = 32 << 20
 ROW_MULTIPLE = 256  # rows of a piece but the last, so that tiles of the matmul are whole
 
 
-def int8_rows(
-    blocks: Tensor,
-    block_format: BlockFormat,
-    columns: int,
-    rotation: Rotation = Rotation.NONE,
-    scales: Tensor | None = None,
-) -> ScaledRows:
-    """Decode a weight to int8 rows.
-
-    blocks: (N, row_bytes) uint8, contiguous; or rows (N, K) themselves of a plain format (F32, F16,
-    BF16).  columns: K.  scales: (N,) fp32 from `row_scales`, computed if None; a plain weight needs
-    none.  Without rotation, codes and scales have the bits of the twin.
-    Raises FormatError if blocks, format, K and rotation do not fit.
-    """
-    if not block_format.is_quantized:
-        return quantize.quantize_rows(_plain(blocks, block_format, columns), rotation)
-    if scales is None:
-        scales = row_scales(blocks, block_format, columns, rotation)
-    codes = torch.empty(len(blocks), columns, dtype=torch.int8, device=blocks.device)
-    out = ScaledRows(codes, torch.empty_like(scales), rotation)
-    return int8_codes(blocks, block_format, scales, out)
-
-
 def int8_pieces(
     blocks: Tensor,
     block_format: BlockFormat,
@@ -63,26 +40,58 @@ def int8_pieces(
     rotation: Rotation = Rotation.NONE,
     scales: Tensor | None = None,
 ) -> Iterator[tuple[slice, ScaledRows]]:
-    """Yield a weight as `int8_rows` would return it, in pieces of at most SCRATCH_BYTES.
+    """Yield a weight as int8 rows, piece by piece, and where in the weight each piece lies.
 
-    Pieces of a quantized weight lie in the same memory, one after the other: use one before the
-    next comes, on the same stream.
+    blocks: (N, row_bytes) uint8, contiguous; or rows (N, K) themselves of a plain format (F32, F16,
+    BF16).  columns: K.  scales: (N,) fp32 from `row_scales`, computed if None; a plain weight needs
+    none.  Without rotation, codes and scales have the bits of the twin.
+    Pieces of a quantized weight lie in the same memory of at most SCRATCH_BYTES, one after the
+    other: use one before the next comes, on the same stream.
+    Raises FormatError if blocks, format, K and rotation do not fit.
     """
-    fitting = SCRATCH_BYTES // columns
-    step = max(1, fitting // ROW_MULTIPLE * ROW_MULTIPLE or fitting)
     scratch: Tensor | None = None
-    for start in range(0, len(blocks), step):
-        part = slice(start, min(start + step, len(blocks)))
-        if not block_format.is_quantized:
-            yield part, int8_rows(blocks[part], block_format, columns, rotation)
-            continue
-        if scratch is None:
+    for part in row_slices(len(blocks), columns):
+        if scratch is None and block_format.is_quantized:
             scratch = torch.empty(part.stop, columns, dtype=torch.int8, device=blocks.device)
         some = None if scales is None else scales[part]
-        if some is None:
-            some = row_scales(blocks[part], block_format, columns, rotation)
-        out = ScaledRows(scratch[: part.stop - start], torch.empty_like(some), rotation)
-        yield part, int8_codes(blocks[part], block_format, some, out)
+        out = None if scratch is None else scratch[: part.stop - part.start]
+        yield part, _int8(blocks[part], block_format, columns, rotation, some, out)
+
+
+def int8_rows(
+    blocks: Tensor,
+    block_format: BlockFormat,
+    columns: int,
+    rotation: Rotation = Rotation.NONE,
+    scales: Tensor | None = None,
+) -> ScaledRows:
+    """Decode a weight as `int8_pieces` does, at once."""
+    return _int8(blocks, block_format, columns, rotation, scales, None)
+
+
+def row_slices(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Cut `rows` rows of `row_bytes` decoded bytes into pieces of at most SCRATCH_BYTES."""
+    fitting = SCRATCH_BYTES // row_bytes
+    step = max(1, fitting // ROW_MULTIPLE * ROW_MULTIPLE or fitting)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _int8(
+    blocks: Tensor,
+    block_format: BlockFormat,
+    columns: int,
+    rotation: Rotation,
+    scales: Tensor | None,
+    codes: Tensor | None,
+) -> ScaledRows:
+    if not block_format.is_quantized:
+        return quantize.quantize_rows(plain_rows(blocks, block_format, columns), rotation)
+    if scales is None:
+        scales = row_scales(blocks, block_format, columns, rotation)
+    if codes is None:
+        codes = torch.empty(len(blocks), columns, dtype=torch.int8, device=blocks.device)
+    return int8_codes(blocks, block_format, scales, ScaledRows(codes, scales, rotation))
 
 
 def row_scales(
@@ -90,7 +99,7 @@ def row_scales(
 ) -> Tensor:
     """Return what `int8_codes` divides rows by: absmax / 127 of each, rotated, (N,) fp32.
 
-    Arguments and errors as of `int8_rows`, for quantized formats.
+    Arguments and errors as of `int8_pieces`, for quantized formats.
     """
     _check(blocks, block_format, columns, rotation)
     scales = torch.empty(len(blocks), dtype=torch.float32, device=blocks.device)
@@ -103,7 +112,8 @@ def int8_codes(
 ) -> ScaledRows:
     """Decode blocks (N, row_bytes) of a quantized format into `out`, by scales (N,).
 
-    Codes are value / scale, rounded half to even and held within ±127.  Returns `out`.
+    Codes are value / scale, rounded half to even and held within ±127.  Returns `out`, whose scales
+    may be the given ones.
     """
     rows, columns = out.codes.shape
     _check(blocks, block_format, columns, out.rotation)
@@ -115,11 +125,13 @@ def int8_codes(
     torch.ops.ltxlite.int8_codes.default(
         blocks, block_format.name, scales, int(out.rotation), out.codes
     )
-    out.scales.copy_(scales)
+    if out.scales is not scales:
+        out.scales.copy_(scales)
     return out
 
 
-def _plain(rows: Tensor, block_format: BlockFormat, columns: int) -> Tensor:
+def plain_rows(rows: Tensor, block_format: BlockFormat, columns: int) -> Tensor:
+    """Return rows of a plain format, perhaps given as bytes, (N, K); FormatError for others."""
     if rows.dtype == torch.uint8 and block_format.dtype is not None:
         rows = rows.view(block_format.dtype)
     if rows.dtype != block_format.dtype or rows.dim() != 2 or rows.shape[1] != columns:

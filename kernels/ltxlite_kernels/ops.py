@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltxlite_kernels import dequant
+from ltxlite_kernels import attention_keys, dequant, matmul
 from ltxlite_kernels.configs import DEQUANT
 
 Footprint = Callable[..., int]  # (the operation's result, its arguments) -> bytes
@@ -98,6 +98,12 @@ def _attention_bytes(
     return logsumexp + (splits > 1) * splits * batch * heads * tokens * 4 * (width + 1)
 
 
+def _prepare_keys_bytes(_: None, key: Tensor, *__: object) -> int:
+    """Return two fp32 numbers a channel for each part of the sequence."""
+    batch, keys, width = key.shape
+    return 8 * batch * attention_keys.parts_of(keys)[1] * width
+
+
 def _dequantize_bytes(_: None, blocks: Tensor, block_format: str, out: Tensor) -> int:
     """Return nothing for a kernel, the temporaries of a piece for plain torch."""
     if block_format in DEQUANT:
@@ -113,6 +119,10 @@ WORKSPACES: Mapping[Any, Footprint] = MappingProxyType(
     {
         torch.ops.ltxlite.attention.default: _attention_bytes,
         torch.ops.ltxlite.dequantize.default: _dequantize_bytes,
+        torch.ops.ltxlite.prepare_keys.default: _prepare_keys_bytes,
+        torch.ops.ltxlite.matmul_int8.default: matmul.workspace_bytes,
+        torch.ops.ltxlite.matmul_fp16.default: matmul.workspace_bytes,
+        torch.ops.ltxlite.matmul_fp8.default: matmul.workspace_bytes,
         torch.ops.aten.scaled_dot_product_attention.default: _attention_bytes,
         torch.ops.aten.rms_norm.default: _norm_bytes,
     }

@@ -1,8 +1,8 @@
-"""Rounds rows of an activation to int8, once for all matmuls that share them.
+"""Rounds rows of an activation to codes, once for all matmuls that share them.
 
 `norm_modulate_quantize` is the fused form: a video token's row of 4096 is read once (8 KB) and
-written once (4 KB) where norm, modulation, rotation and rounding apart would move 60 KB.
-Codes are value / scale, rounded half to even, where scale = absmax / 127 of the turned row.
+written once (4 KB of int8) where norm, modulation, rotation and rounding apart would move 60 KB.
+What codes are, int8 unless said otherwise, is a `coding.Coding`.
 Twins: `reference.quantize_rows`, `reference.norm_modulate_quantize`.
 """
 # Triton publishes no types:
@@ -10,12 +10,15 @@ Twins: `reference.quantize_rows`, `reference.norm_modulate_quantize`.
 # mypy: disable-error-code="arg-type"
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ltxlite_kernels import reference, rotate
+from ltxlite_kernels.card import card_of
+from ltxlite_kernels.coding import Coding
 from ltxlite_kernels.configs import LONGEST_ROW, row_warps
 from ltxlite_kernels.rotate import HAVE_TRITON, Rotation
 from ltxlite_kernels.rows import OWN, SHARED, ScaledRows, lookup
@@ -26,18 +29,23 @@ if HAVE_TRITON:
     import triton.language as tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FP8_FROM = 89  # the first compute capability with e4m3
 
 
-def quantize_rows(x: Tensor, rotation: Rotation = Rotation.NONE) -> ScaledRows:
-    """Round rows to int8 with a scale each.
+def quantize_rows(x: Tensor, coding: Coding | Rotation = Rotation.NONE) -> ScaledRows:
+    """Round rows to codes with a scale each.
 
     x: (R, K) fp32, fp16 or bf16; columns side by side, any row stride.  K at most 32768.
+    coding: what codes are; a rotation means int8 after it.
     Without rotation codes and scales have the bits of the twin; with one, a value within 1e-3 of
     the middle between two codes may round to the other.  Raises FormatError if x does not fit.
     """
-    _check(x, rotation)
-    found = _empty(x, rotation)
-    torch.ops.ltxlite.quantize_rows.default(x, int(rotation), found.codes, found.scales)
+    coding = Coding.of(coding)
+    check_rows(x, coding.rotation)
+    found = empty_rows(x, coding)
+    torch.ops.ltxlite.quantize_rows.default(
+        x, int(coding.rotation), coding.largest, found.codes, found.scales
+    )
     return found
 
 
@@ -47,37 +55,47 @@ def norm_modulate_quantize(
     scale: Tensor | None,
     index: Tensor | None,
     eps: float,
-    rotation: Rotation = Rotation.NONE,
+    coding: Coding | Rotation = Rotation.NONE,
 ) -> ScaledRows:
-    """Divide rows by their root mean square, modulate them, and round them to int8.
+    """Divide rows by their root mean square, modulate them, and round them to codes.
 
     x: (M, K) as for `quantize_rows`.  shift, scale: (U, K) floating, both or neither:
     norm(x) * (1 + scale) + shift.  index: (M,) int32, the row of shift and scale for each row of
     x; without it U is 1 or M.  The arithmetic is fp32.
     A code may differ from the twin's by one: sums over K have another order.
     """
-    _check(x, rotation)
-    for name, table in (("shift", shift), ("scale", scale)):
-        if (table is None) != (shift is None):
-            raise FormatError("shift and scale are given together or not at all")
-        if table is not None:
-            _check_table(name, table, x, index)
-    found = _empty(x, rotation)
+    coding = Coding.of(coding)
+    check_rows(x, coding.rotation)
+    check_tables(x, shift, scale, index)
+    found = empty_rows(x, coding)
     torch.ops.ltxlite.norm_modulate_quantize.default(
-        x, shift, scale, index, eps, int(rotation), found.codes, found.scales
-    )
+        x, [shift, scale, index], eps, int(coding.rotation), coding.largest,
+        [found.codes, found.scales],
+    )  # fmt: skip
     return found
 
 
-def _check(x: Tensor, rotation: Rotation) -> None:
+def check_rows(x: Tensor, rotation: Rotation = Rotation.NONE) -> None:
+    """Raise FormatError unless a program can hold a row of x, and turn it."""
     if x.dim() != 2 or x.dtype not in FLOATS or x.stride(1) != 1 or not x.shape[1]:
         raise FormatError(
-            "rows to round to int8 are (R, K) fp32, fp16 or bf16 with columns side by side, got "
+            "rows of an activation are (R, K) fp32, fp16 or bf16 with columns side by side, got "
             f"{tuple(x.shape)} {x.dtype}, stride {x.stride()}"
         )
     if x.shape[1] > LONGEST_ROW:
         raise FormatError(f"a row of {x.shape[1]} is longer than a program holds, {LONGEST_ROW}")
     rotation.check(x.shape[1])
+
+
+def check_tables(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, index: Tensor | None
+) -> None:
+    """Raise FormatError unless each row of x finds its shift and scale, or there are none."""
+    for name, table in (("shift", shift), ("scale", scale)):
+        if (table is None) != (shift is None):
+            raise FormatError("shift and scale are given together or not at all")
+        if table is not None:
+            _check_table(name, table, x, index)
 
 
 def _check_table(name: str, table: Tensor, x: Tensor, index: Tensor | None) -> None:
@@ -89,9 +107,15 @@ def _check_table(name: str, table: Tensor, x: Tensor, index: Tensor | None) -> N
     lookup(table, index, len(x), name)
 
 
-def _empty(x: Tensor, rotation: Rotation) -> ScaledRows:
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return ScaledRows(codes, codes.new_empty(len(x), dtype=torch.float32), rotation)
+def empty_rows(x: Tensor, coding: Coding) -> ScaledRows:
+    """Return memory for the codes of x; FormatError if its card has no such type."""
+    if coding.dtype == torch.float8_e4m3fn and x.is_cuda and card_of(x).capability < FP8_FROM:
+        raise FormatError(
+            f"fp8 codes need compute capability 8.9, this card has {card_of(x).capability / 10}; "
+            "take int8 or fp16"
+        )
+    codes = torch.empty(x.shape, dtype=coding.dtype, device=x.device)
+    return ScaledRows(codes, codes.new_empty(len(x), dtype=torch.float32), coding.rotation)
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -100,70 +124,82 @@ def runs_kernel(x: Tensor) -> bool:
         return x.is_cuda or not isinstance(coded, triton.JITFunction)
     if x.is_cuda:
         warnings.warn(
-            "int8 arithmetic by plain torch is slower than none: Triton is not installed",
+            "kernels run as plain torch, which is slower than none: Triton is not installed",
             RuntimeWarning,
             stacklevel=3,
         )
     return False
 
 
-def _quantize_into(x: Tensor, rotation: int, codes: Tensor, scales: Tensor) -> None:
+def _quantize_into(x: Tensor, rotation: int, limit: float, codes: Tensor, scales: Tensor) -> None:
+    coding = Coding(codes.dtype, Rotation(rotation), limit)
     if not runs_kernel(x):
-        found = reference.quantize_rows(x, Rotation(rotation))
+        found = reference.quantize_rows(x, coding)
         codes.copy_(found.codes)
         scales.copy_(found.scales)
     elif len(x):
-        constants = row_constants(x.shape[1], rotation)
+        constants = row_constants(x.shape[1], coding)
         with torch.cuda.device_of(x):
             _rows[(len(x),)](x, codes, scales, x.shape[1], x.stride(0), **constants)
 
 
 def _norm_into(
     x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    index: Tensor | None,
+    tables: Sequence[Tensor | None],
     eps: float,
     rotation: int,
-    codes: Tensor,
-    scales: Tensor,
+    limit: float,
+    out: Sequence[Tensor],
 ) -> None:
+    (shift, scale, index), (codes, scales) = tables, out
+    coding = Coding(codes.dtype, Rotation(rotation), limit)
     if not runs_kernel(x):
-        found = reference.norm_modulate_quantize(x, shift, scale, index, eps, Rotation(rotation))
+        found = reference.norm_modulate_quantize(x, shift, scale, index, eps, coding)
         codes.copy_(found.codes)
         scales.copy_(found.scales)
-        return
-    if not len(x):
-        return
-    if shift is not None and scale is not None and index is None and len(shift) != len(scale):
+    elif len(x):
+        given, how = modulation(x, shift, scale, index)
+        constants = row_constants(x.shape[1], coding) | {"LOOKUP": how}
+        with torch.cuda.device_of(x):
+            _norm_rows[(len(x),)](
+                x, *given, codes, scales, x.shape[1], x.stride(0), eps, **constants
+            )
+
+
+def modulation(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, index: Tensor | None
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None, int, int], int]:
+    """Return shift, scale, index and strides as `normed` takes them, and how rows are looked up."""
+    if shift is None or scale is None:
+        return (None, None, None, 0, 0), SHARED
+    if index is None and len(shift) != len(scale):
         shift, scale = shift.expand(len(x), -1), scale.expand(len(x), -1)
-    how = SHARED if shift is None else lookup(shift, index, len(x), "shift")
-    shift_stride, scale_stride = (0 if t is None else t.stride(0) for t in (shift, scale))
-    constants = row_constants(x.shape[1], rotation) | {"LOOKUP": how}
-    with torch.cuda.device_of(x):
-        _norm_rows[(len(x),)](
-            x, shift, scale, index, codes, scales,
-            x.shape[1], x.stride(0), shift_stride, scale_stride, eps, **constants,
-        )  # fmt: skip
+    how = lookup(shift, index, len(x), "shift")
+    return (shift, scale, index, shift.stride(0), scale.stride(0)), how
 
 
-def row_constants(columns: int, rotation: int) -> dict[str, Any]:
-    """Return what the kernels of this file are compiled for, at K columns."""
+def row_constants(columns: int, coding: Coding) -> dict[str, Any]:
+    """Return what kernels of rows are compiled for, at K columns."""
     width = 1 << max(4, (columns - 1).bit_length())
     return {
-        "ROTATION": int(rotation),
+        "ROTATION": int(coding.rotation),
+        "STEP": coding.step,
         "GROUPS": max(1, width // 256),
-        "WIDTH": min(width, 256) if not rotation else 256,
+        "WIDTH": min(width, 256) if not coding.rotation else 256,
         "num_warps": row_warps(width),
-        "enable_fp_fusion": False,  # the twin rounds products and sums apart
+        # int8 is rounded by a sum, which the twin rounds apart from the product before it. Other
+        # codes are not, and fused need less: no spills in 2048 rotated columns on sm_120.
+        "enable_fp_fusion": coding.dtype != torch.int8,
     }
 
 
 _library = torch.library.Library("ltxlite", "FRAGMENT")
-_library.define("quantize_rows(Tensor x, int rotation, Tensor(a!) codes, Tensor(b!) scales) -> ()")
 _library.define(
-    "norm_modulate_quantize(Tensor x, Tensor? shift, Tensor? scale, Tensor? index, float eps, "
-    "int rotation, Tensor(a!) codes, Tensor(b!) scales) -> ()"
+    "quantize_rows(Tensor x, int rotation, float limit, Tensor(a!) codes, Tensor(b!) scales) -> ()"
+)
+_library.define(
+    "norm_modulate_quantize(Tensor x, Tensor?[] tables, float eps, int rotation, float limit, "
+    "Tensor(a!)[] out) -> ()"
 )
 _library.impl("quantize_rows", _quantize_into, "CompositeExplicitAutograd")
 _library.impl("norm_modulate_quantize", _norm_into, "CompositeExplicitAutograd")
@@ -207,19 +243,45 @@ if HAVE_TRITON:
         return values.to(tl.int32, bitcast=True).to(tl.int8)
 
     @triton.jit
-    def _store(values, columns, row, codes, scales, K, ROTATION: tl.constexpr):  # noqa: N803
+    def exact_power(value):
+        """Return the power of two at or below a positive value, and NaN for NaN."""
+        bits = (value.to(tl.int32, bitcast=True) & 0x007FFFFF) | 0x3F800000
+        return tl.div_rn(value, bits.to(tl.float32, bitcast=True))
+
+    @triton.jit
+    def store_codes(
+        values,
+        columns,
+        row,
+        codes,
+        scales,
+        K,  # noqa: N803
+        ROTATION: tl.constexpr,  # noqa: N803
+        STEP: tl.constexpr,  # noqa: N803
+    ):
+        """Rotate a row (G, WIDTH) fp32, round it to codes, and write it with its scale."""
+        kind = codes.dtype.element_ty
         largest = as_largest(tl.max(tl.max(largest_bits(values), 1), 0))
-        whole = largest
+        whole, unit = largest, 1.0
         if ROTATION:
             # A power of two changes no bit of the fp16 that the rotation rounds to.
             power = power_of_two(largest)
             values = rotate.rotated(values * tl.div_rn(1.0, power), columns, ROTATION)
             largest = as_largest(tl.max(tl.max(largest_bits(values), 1), 0))
-            whole = as_largest(largest_bits(largest * (power * root(ROTATION))))
-        step = largest * INVERSE
-        tl.store(scales + row, whole * INVERSE)
+            unit = power * root(ROTATION)
+            whole = as_largest(largest_bits(largest * unit))
+        if kind == tl.float16:
+            scale = exact_power(whole) * STEP
+            factor = tl.div_rn(unit, scale)
+        else:
+            scale = whole * STEP
+            factor = tl.div_rn(1.0, largest * STEP)
+        tl.store(scales + row, scale)
         out = codes + row * K + columns
-        tl.store(out, coded(values * tl.div_rn(1.0, step)), mask=columns < K)
+        if kind == tl.int8:
+            tl.store(out, coded(values * factor), mask=columns < K)
+        else:
+            tl.store(out, (values * factor).to(kind), mask=columns < K)
 
     @triton.jit
     def _rows(
@@ -229,34 +291,31 @@ if HAVE_TRITON:
         K,  # noqa: N803
         x_stride,
         ROTATION: tl.constexpr,  # noqa: N803
+        STEP: tl.constexpr,  # noqa: N803
         GROUPS: tl.constexpr,  # noqa: N803
         WIDTH: tl.constexpr,  # noqa: N803
     ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         values = tl.load(x + row * x_stride + columns, mask=columns < K, other=0.0)
-        _store(values.to(tl.float32), columns, row, codes, scales, K, ROTATION)
+        store_codes(values.to(tl.float32), columns, row, codes, scales, K, ROTATION, STEP)
 
     @triton.jit
-    def _norm_rows(
+    def normed(
         x,
         shift,
         scale,
         index,
-        codes,
-        scales,
-        K,  # noqa: N803
-        x_stride,
         shift_stride,
         scale_stride,
+        columns,
+        row,
+        K,  # noqa: N803
+        x_stride,
         eps,
-        ROTATION: tl.constexpr,  # noqa: N803
-        GROUPS: tl.constexpr,  # noqa: N803
-        WIDTH: tl.constexpr,  # noqa: N803
         LOOKUP: tl.constexpr,  # noqa: N803
     ):
-        row = tl.program_id(0).to(tl.int64)
-        columns = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        """Read a row (G, WIDTH), divide it by its root mean square and modulate it, in fp32."""
         mask = columns < K
         values = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
         mean = tl.div_rn(tl.sum(tl.sum(values * values, 1), 0), K.to(tl.float32))
@@ -271,4 +330,31 @@ if HAVE_TRITON:
             factor = tl.load(scale + at * scale_stride + columns, mask=mask, other=0.0)
             term = tl.load(shift + at * shift_stride + columns, mask=mask, other=0.0)
             values = values * (1.0 + factor.to(tl.float32)) + term.to(tl.float32)
-        _store(values, columns, row, codes, scales, K, ROTATION)
+        return values
+
+    @triton.jit
+    def _norm_rows(
+        x,
+        shift,
+        scale,
+        index,
+        shift_stride,
+        scale_stride,
+        codes,
+        scales,
+        K,  # noqa: N803
+        x_stride,
+        eps,
+        ROTATION: tl.constexpr,  # noqa: N803
+        STEP: tl.constexpr,  # noqa: N803
+        GROUPS: tl.constexpr,  # noqa: N803
+        WIDTH: tl.constexpr,  # noqa: N803
+        LOOKUP: tl.constexpr,  # noqa: N803
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        values = normed(
+            x, shift, scale, index, shift_stride, scale_stride,
+            columns, row, K, x_stride, eps, LOOKUP,
+        )  # fmt: skip
+        store_codes(values, columns, row, codes, scales, K, ROTATION, STEP)

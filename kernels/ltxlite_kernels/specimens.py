@@ -12,7 +12,22 @@ from typing import Any
 
 import torch
 
-from ltxlite_kernels import configs, dequant, int8_weight, matmul_int8, quantize
+from ltxlite_kernels import (
+    attention,
+    attention_inputs,
+    attention_keys,
+    configs,
+    dequant,
+    gate_heads,
+    int8_weight,
+    matmul,
+    norm_modulate,
+    norm_rope,
+    norm_silu,
+    quantize,
+)
+from ltxlite_kernels.card import Card
+from ltxlite_kernels.coding import Coding
 from ltxlite_kernels.rotate import Rotation
 from ltxlite_kernels.rows import INDEXED, PLAIN, Epilogue
 from ltxlite_quant.formats import FORMATS
@@ -27,7 +42,8 @@ class Specimen:
     types: of its arguments by name, in Triton's spelling: `*bf16`, `i32`, `fp32`; `i32:16` for a
     number known to be a multiple of 16, `None` for an absent pointer.  Pointers are aligned to 16
     bytes.  constants: of the kernel, and `num_warps`, `num_stages`, `enable_fp_fusion`.
-    tensor_core: the kind of its matrix products, "int8", "fp16", "bf16" or "fp8"; None without any.
+    tensor_core: the kinds of its matrix products, "int8", "fp16", "bf16", "fp8" or several of them
+    ("int8 fp16"); None without any.
     byte_loads: whether it may load single bytes from global memory.
     """
 
@@ -80,44 +96,193 @@ def _decoded(name: str, rotation: Rotation) -> Iterator[Specimen]:
     yield Specimen(f"int8_codes {ending}", int8_weight._codes, types, given, kind, bytewise)
 
 
-def _quantize(_: int) -> Iterator[Specimen]:
-    rows = {"x": "*bf16", "codes": "*i8", "scales": "*fp32", "K": "i32:16", "x_stride": "i32:16"}
-    tables = {"shift": "*bf16", "scale": "*bf16", "index": "*i32", "eps": "fp32"}
-    tables |= {"shift_stride": "i32:16", "scale_stride": "i32:16"}
-    for columns in (2048, 4096, 16384):
+_ROWS: Mapping[str, str | None] = MappingProxyType(
+    {
+        **{"x": "*bf16", "scales": "*fp32", "eps": "fp32", "index": "*i32"},
+        **dict.fromkeys(("shift", "scale", "mixed", "logits"), "*bf16"),
+        **dict.fromkeys(("K", "x_stride", "shift_stride", "scale_stride"), "i32:16"),
+        **dict.fromkeys(("mixed_stride", "logits_stride"), "i32:16"),
+    }
+)
+_CODES = MappingProxyType({torch.int8: "i8", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv"})
+
+
+def _codings(architecture: int) -> Iterator[tuple[str, Coding]]:
+    """Yield the codings that rows are rounded to on an architecture, and their names."""
+    for dtype, name in _CODES.items():
+        if dtype == torch.float8_e4m3fn and architecture < quantize.FP8_FROM:
+            continue
         for rotation in Rotation:
-            given = quantize.row_constants(columns, rotation)
-            ending, kind = f"{columns} {rotation.name.lower()}", "fp16" if rotation else None
-            yield Specimen(f"quantize {ending}", quantize._rows, rows, given, kind)
+            if dtype == torch.int8 or rotation is not Rotation.SIGNS_128:
+                ending = "" if dtype == torch.int8 else f" {name}"
+                yield rotation.name.lower() + ending, Coding(dtype, rotation)
+
+
+def _quantize(architecture: int) -> Iterator[Specimen]:
+    for name, coding in _codings(architecture):
+        types = {**_ROWS, "codes": f"*{_CODES[coding.dtype]}"}
+        kind = "fp16" if coding.rotation else None
+        for columns in (2048, 4096, 16384):
+            given = quantize.row_constants(columns, coding)
+            yield Specimen(f"quantize {columns} {name}", quantize._rows, types, given, kind)
             if columns <= 4096:
-                given = given | {"LOOKUP": INDEXED}
-                types = rows | tables
-                yield Specimen(f"norm {ending}", quantize._norm_rows, types, given, kind)
+                more = given | {"LOOKUP": INDEXED}
+                ending = f"{columns} {name}"
+                yield Specimen(f"norm {ending}", quantize._norm_rows, types, more, kind)
+                more = given | {"HEAD": columns // 32}
+                yield Specimen(f"gate_heads {ending}", gate_heads._gated_rows, types, more, kind)
 
 
-def _matmul_int8(architecture: int) -> Iterator[Specimen]:
-    types: dict[str, str | None] = {
-        **{"a": "*i8", "a_scales": "*fp32", "w": "*i8", "w_scales": "*fp32", "out": "*bf16"},
-        **{"M": "i32", "N": "i32:16", "K": "i32:16", "out_stride": "i32:16"},
+def _values(_: int) -> Iterator[Specimen]:
+    types = {**_ROWS, "out": "*bf16"}
+    for columns in (2048, 4096):
+        given = norm_modulate.constants(columns, INDEXED)
+        yield Specimen(f"norm {columns} values", norm_modulate._norm_values, types, given)
+        given = gate_heads.constants(columns, 32)
+        yield Specimen(f"gate_heads {columns} values", gate_heads._gated_values, types, given)
+
+
+_MATMUL_END: Mapping[str, str | None] = MappingProxyType(
+    {
+        **dict.fromkeys(("a_scales", "w_scales"), "*fp32"),
+        **{"out": "*bf16", "M": "i32", "N": "i32:16", "out_stride": "i32:16"},
         **dict.fromkeys(("bias", "gate", "index", "residual")),
         **dict.fromkeys(("gate_stride", "residual_stride"), "i32:16"),
     }
-    gate = {"gate": "*bf16", "index": "*i32", "residual": "*bf16"}
+)
+# An ending's name, the arguments that it adds, and its epilogue for 64 rows.
+_Ending = tuple[str, Mapping[str, str], Epilogue]
+
+
+def _matmul_endings() -> tuple[_Ending, ...]:
     table = torch.empty(2, 16, device="meta")
     index = torch.empty(64, dtype=torch.int32, device="meta")
-    endings: tuple[tuple[str, Mapping[str, str], Epilogue, int], ...] = (
-        ("plain", {}, PLAIN, 4096),
-        ("bias gelu", {"bias": "*bf16"}, Epilogue(gelu=True), 4096),
-        ("bias gate residual", {"bias": "*bf16"} | gate, Epilogue(False, table, index), 4096),
-        ("tail", {}, PLAIN, 4096 + 16),
+    gate = {"gate": "*bf16", "index": "*i32", "residual": "*bf16"}
+    return (
+        ("plain", {}, PLAIN),
+        ("bias gelu", {"bias": "*bf16"}, Epilogue(gelu=True)),
+        ("bias gate residual", {"bias": "*bf16"} | gate, Epilogue(False, table, index)),
+        ("tail", {}, PLAIN),
     )
-    for least, _ in configs.MATMUL_INT8[architecture]:
-        for ending, more, epilogue, columns in endings:
-            adds = epilogue.gate is not None
-            config = configs.matmul_int8_config(architecture, least, adds)
-            given = matmul_int8.constants(config, columns, epilogue, 64)
-            name = f"matmul_int8 {least}+ {ending}"
-            yield Specimen(name, matmul_int8._kernel, types | dict(more), given, "int8")
+
+
+def _matmul(kind: str, codes: str) -> Family:
+    def family(architecture: int) -> Iterator[Specimen]:
+        given = {"a": f"*{codes}", "w": f"*{codes}", "K": "i32:16"}
+        types = {**_MATMUL_END, **given, "parts": None}
+        if kind == "fp16":
+            types["w_scales"] = None
+        tensor_core = kind.partition("_")[0]
+        for least, _ in configs.MATMUL[kind].get(architecture, ()):
+            for ending, more, epilogue in _matmul_endings():
+                columns = 4096 + 16 * (ending == "tail")
+                card = Card(architecture, 1)  # so small that all tiles fill it
+                adds = epilogue.gate is not None
+                config = configs.matmul_config(kind, card, max(1, least), 4096, adds)
+                constants = matmul.constants(config, columns, 1)
+                constants |= matmul.end_constants(epilogue, 64)
+                name = f"matmul_{kind} {least}+ {ending}"
+                yield Specimen(name, matmul._kernel, types | dict(more), constants, tensor_core)
+        yield from _matmul_parts(kind, types, architecture)
+
+    return family
+
+
+def _matmul_parts(
+    kind: str, types: Mapping[str, str | None], architecture: int
+) -> Iterator[Specimen]:
+    """Yield the pair of kernels that sum over four parts of K."""
+    if architecture not in configs.MATMUL[kind]:
+        return
+    config = configs.MATMUL[kind][architecture][-1][1]
+    types = {**types, "parts": "*i32" if kind == "int8" else "*fp32"}
+    constants = matmul.constants(config, 8192, 4) | matmul.end_constants(PLAIN, 64)
+    tensor_core = kind.partition("_")[0]
+    yield Specimen(f"matmul_{kind} parts", matmul._kernel, types, constants, tensor_core)
+    for ending, more, epilogue in _matmul_endings()[1:3]:
+        constants = matmul.reduce_constants(4) | matmul.end_constants(epilogue, 64)
+        name = f"matmul_{kind} sum of parts {ending}"
+        yield Specimen(name, matmul._reduce, types | dict(more), constants)
+
+
+def _norm_rope(_: int) -> Iterator[Specimen]:
+    types: dict[str, str | None] = {
+        **dict.fromkeys(("x", "weight", "out"), "*bf16"),
+        **dict.fromkeys(("x_batch", "x_stride", "out_batch", "out_stride"), "i32:16"),
+        **{"W": "i32:16", "eps": "fp32"},
+    }
+    tables = {"cosines": "*fp32", "sines": "*fp32", "index": "*i32", "index_batch": "i32"}
+    for width in (2048, 4096):
+        given = norm_rope.norm_constants(width)
+        yield Specimen(f"norm_rope {width} unturned", norm_rope._norm, types, given)
+        for axes, tokens in ((1, 500), (3, 6144)):
+            given = norm_rope.rope_constants(32, width // 64, axes, tokens)
+            more = types | tables | {"tokens": "i32"}
+            yield Specimen(f"norm_rope {width} axes {axes}", norm_rope._turn, more, given)
+
+
+def _norm_silu(_: int) -> Iterator[Specimen]:
+    strides = [f"{name}_{of}" for name in ("x", "out") for of in norm_silu.STRIDES]
+    types = {
+        **{"x": "*bf16", "out": "*bf16", "C": "i32:16", "frames": "i32", "X": "i32:16"},
+        **dict.fromkeys(strides, "i32:16"),
+        "eps": "fp32",
+    }
+    for channels in (128, 256, 512, 1024):
+        given = norm_silu.constants(channels)
+        yield Specimen(f"norm_silu {channels}", norm_silu._norm_silu, types, given)
+
+
+def _attention(architecture: int) -> Iterator[Specimen]:
+    yield from _prepared_keys()
+    for kind, table in configs.ATTENTION.items():
+        for (head_dim, biased), fitting in table[architecture].items():
+            for config in fitting:
+                name = f"attend {kind} {head_dim} {config.queries}x{config.keys}"
+                if not biased:  # with one, what is masked costs nothing
+                    yield _attend(f"{name} whole", kind, head_dim, config, False)
+                yield _attend(f"{name} {'rows' if biased else 'tail'}", kind, head_dim, config)
+                if biased and config is fitting[0]:
+                    yield _attend(f"{name} row", kind, head_dim, config)
+
+
+def _attend(
+    name: str, kind: str, head_dim: int, config: configs.AttentionConfig, tail: bool = True
+) -> Specimen:
+    """Return one with keys past the last tile, and the bias that the end of its name says."""
+    bias = name.partition(" row")[1] and "*fp32"
+    strides = ("q_batch", "q_row", "key_batch", "key_row", "value_batch", "value_row")
+    types: dict[str, str | None] = {
+        **{"q": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16"},
+        **{"T": "i32", "S": "i32" if tail else "i32:16", "rows": "i32", "ids_batch": "i32"},
+        **dict.fromkeys((*strides, "out_batch", "out_row"), "i32:16"),
+        **{"bias": bias or None, "ids": "*i32" if name.endswith("rows") else None},
+        **{"bias_row": "i32", "key_scales": None, "value_scales": None},
+    }
+    if kind == "int8":
+        types |= {"key": "*i8", "value": "*fp16", "key_scales": "*fp32", "value_scales": "*fp32"}
+    given = attention.constants(config, head_dim, config.keys + tail)
+    if not name.endswith("rows"):
+        given["rows"] = 1
+    return Specimen(
+        name, attention._kernel, types, given, "int8 fp16" if kind == "int8" else "bf16"
+    )
+
+
+def _prepared_keys() -> Iterator[Specimen]:
+    strides = ("key_batch", "key_row", "value_batch", "value_row", "out_batch", "out_row")
+    types = {
+        **{"key": "*bf16", "value": "*bf16", "sums": "*fp32", "largest": "*fp32", "S": "i32"},
+        **{"codes": "*i8", "scales": "*fp32", "value_out": "*fp16", "value_scales": "*fp32"},
+        **{"rows": "i32:16", "parts": "i32"},
+        **dict.fromkeys(strides, "i32:16"),
+    }
+    for head_dim in configs.ATTENTION_HEAD_DIMS:
+        given = attention_keys.constants(head_dim, attention_keys.ROWS)
+        yield Specimen(f"key_sums {head_dim}", attention_keys._sums, types, given)
+        given = attention_keys.constants(head_dim, attention_inputs.KEYS_PER_SCALE)
+        given |= {"PARTS": attention_keys.PARTS}
+        yield Specimen(f"key_codes {head_dim}", attention_keys._converted, types, given)
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -125,7 +290,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "dequant": _dequant,
         "int8_weight": _int8_weight,
         "quantize": _quantize,
-        "matmul_int8": _matmul_int8,
+        "values": _values,
+        "matmul_int8": _matmul("int8", "i8"),
+        "matmul_fp16": _matmul("fp16", "fp16"),
+        "matmul_fp8": _matmul("fp8", "fp8e4nv"),
+        "matmul_fp8_capped": _matmul("fp8_capped", "fp8e4nv"),
+        "norm_rope": _norm_rope,
+        "norm_silu": _norm_silu,
+        "attention": _attention,
     }
 )
 

@@ -35,17 +35,23 @@ def picture_phase(components: Components, shape: ClipShape, levers: Levers) -> P
     made: Blank[VideoDecoder] = blank(
         "video_decoder", components["video_decoder"], VideoDecoder, levers.dtype
     )
-    size = (1, made.network.config.latent_channels, *_extent(shape))
-    done = 0
     with torch.inference_mode(), metered(levers) as meter:
-        latent = torch.empty(size, device=META)
-        for frames in decode_frames(made.network, latent, levers.group_bytes):
-            frames.isfinite()
-            rgb_to_i420(to_unit_range(frames[0, :, :1].transpose(0, 1)))
-            done += frames.shape[2]
-            if done >= _DECODED_FRAMES:
-                break
+        decode_beginning(made.network, shape, levers.group_bytes, META)
         return made.phase("decode picture", meter)
+
+
+def decode_beginning(
+    decoder: VideoDecoder, shape: ClipShape, group_bytes: int, device: torch.device
+) -> None:
+    """Decode a latent of zeros and convert colours until the peak is reached."""
+    latent = torch.zeros(1, decoder.config.latent_channels, *_extent(shape), device=device)
+    done = 0
+    for frames in decode_frames(decoder, latent, group_bytes):
+        frames.isfinite()
+        rgb_to_i420(to_unit_range(frames[0, :, :1].transpose(0, 1)))
+        done += frames.shape[2]
+        if done >= _DECODED_FRAMES:
+            break
 
 
 def sound_phases(components: Components, shape: ClipShape, levers: Levers) -> list[Phase]:

@@ -125,20 +125,22 @@ def metered(levers: Levers) -> ActivationMeter:
     return ActivationMeter("meta", CARD, levers.trace)
 
 
-def on_card(value: T, known: dict[int, tuple[Tensor, Tensor]]) -> T:
-    """Move every tensor in records, tuples and lists to meta.
+def on_card(value: T, known: dict[int, tuple[Tensor, Tensor]], device: torch.device = META) -> T:
+    """Move every tensor in records, tuples and lists to a device.
 
     known: what was moved before and what it became, by id: what is shared stays shared.
     """
     moved: Any = value
     if isinstance(value, Tensor):
         if id(value) not in known:
-            known[id(value)] = (value, value.to(META))
+            known[id(value)] = (value, value.to(device, copy=True))
         moved = known[id(value)][1]
     elif isinstance(value, tuple | list):
-        moved = type(value)(on_card(item, known) for item in value)
+        moved = type(value)(on_card(item, known, device) for item in value)
     elif is_dataclass(value) and not isinstance(value, type):
-        items = {item.name: on_card(getattr(value, item.name), known) for item in fields(value)}
+        items = {
+            item.name: on_card(getattr(value, item.name), known, device) for item in fields(value)
+        }
         moved = replace(value, **items)
     result: T = moved
     return result

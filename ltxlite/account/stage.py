@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ltxlite import conditioning
 from ltxlite.account.job import StageJob
@@ -21,6 +21,7 @@ from ltxlite.account.phase import (
 from ltxlite.conditioning import LatentState
 from ltxlite.denoise import Denoiser, Prompt, Stream
 from ltxlite.geometry import AudioGrid, LatentGrid, audio_positions, video_positions
+from ltxlite.linear import QuantLinear
 from ltxlite.math_mode import set_math
 from ltxlite.memory.blank import stored_bytes
 from ltxlite.models.connector import CONTEXT_LENGTH
@@ -44,21 +45,29 @@ def stage_phases(
     transformer.chunk = levers.chunk
     set_math(transformer, levers.math, levers.capability)
     with torch.inference_mode():
-        denoiser = _denoiser(transformer, stage, levers.dtype)  # on the CPU: it looks at values
+        denoiser = make_denoiser(transformer, stage, levers.dtype)  # on the CPU: it looks at values
         with metered(levers) as meter:
-            _to_card(denoiser)
+            move_denoiser(denoiser)
             transformer.tabulate(torch.empty(stage.levels, device=META))
             tabulated = made.phase(f"levels of stage {number}", meter)
-            _sample(denoiser, stage)
+            sample_steps(denoiser, stage)
             sampled = made.phase(f"stage {number}", meter)
+    kept = len(made.units) * max(_row_scales(block) for block in transformer.blocks)
     largest = max(stored_bytes(m) for m in transformer.modules() if isinstance(m, AdaLN))
     return [
         replace(tabulated, fixed_bytes=made.fixed_bytes + largest, units=()),
-        replace(sampled, walks=stage.evaluations),
+        replace(sampled, fixed_bytes=made.fixed_bytes + kept, walks=stage.evaluations),
     ]
 
 
-def _denoiser(transformer: Transformer, stage: StageJob, dtype: torch.dtype) -> Denoiser:
+def _row_scales(block: nn.Module) -> int:
+    """Return the bytes that linears of a block keep of their weights, however often it leaves."""
+    linears = (module for module in block.modules() if isinstance(module, QuantLinear))
+    return sum(4 * linear.rows for linear in linears if linear.scales is not None)
+
+
+def make_denoiser(transformer: Transformer, stage: StageJob, dtype: torch.dtype) -> Denoiser:
+    """Bind a transformer to a stage as `StageRun` does, inputs on the CPU, contexts of zeros."""
     config, needs = transformer.config, SAMPLERS[stage.sampler].needs_uncond
     guidances = (_in_first_block(stage.video), _in_first_block(stage.audio))
     negative = needs or any("uncond" in guidance.passes(0) for guidance in guidances)
@@ -71,17 +80,20 @@ def _denoiser(transformer: Transformer, stage: StageJob, dtype: torch.dtype) -> 
 
 
 def _prompt(width: int, negative: bool, dtype: torch.dtype) -> Prompt:
-    positive, other = (torch.empty(1, CONTEXT_LENGTH, width, dtype=dtype) for _ in range(2))
+    positive, other = (torch.zeros(1, CONTEXT_LENGTH, width, dtype=dtype) for _ in range(2))
     return Prompt(positive, other if negative else None)
 
 
-def _to_card(denoiser: Denoiser) -> None:
+def move_denoiser(denoiser: Denoiser, device: torch.device = META) -> None:
+    """Bring what a denoiser was made with to a device."""
     known: dict[int, tuple[Tensor, Tensor]] = {}
     for item in denoiser._streams:
-        vars(item).update({name: on_card(value, known) for name, value in vars(item).items()})
+        vars(item).update(
+            {name: on_card(value, known, device) for name, value in vars(item).items()}
+        )
 
 
-def _sample(denoiser: Denoiser, stage: StageJob) -> None:
+def sample_steps(denoiser: Denoiser, stage: StageJob) -> None:
     """Run the second of three steps for real: what the first one left stands beside it."""
     start = _noised([item.stream.state for item in denoiser._streams])
     evaluations = SAMPLERS[stage.sampler].per_step

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError
 from ltxlite.linear import QuantMatrix, row_pieces, swap_embeddings, swap_linears
+from ltxlite.low_rank import LowRankLinear
 from ltxlite_quant.formats import BlockFormat
 from ltxlite_quant.scaled import stored_shape
 from ltxlite_quant.tensor import QuantTensor
@@ -211,8 +212,10 @@ def nonfinite_parameters(model: nn.Module) -> list[str]:
 
 def _damaged(module: nn.Module, prefix: str) -> Iterator[str]:
     own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    # Factors of strength 0 may not have been streamed.
+    idle = module.idle() if isinstance(module, LowRankLinear) else frozenset()
     for name, value in own:
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if name not in idle and value.is_floating_point() and not bool(value.isfinite().all()):
             yield prefix + name
     if isinstance(module, QuantMatrix) and not module.is_finite():
         yield f"{prefix}weight"

@@ -17,7 +17,17 @@ EXAMPLE = """example:
       --importance ltx-2.3-22b-distilled.importance.safetensors"""
 OUTPUT, SIZE, FRAMES = "importance.safetensors", "small", 33
 _PROMPTS_LIMIT = 1 << 20  # bytes; a thousand long prompts
-_CLIP_ONLY = ("--crf", "--wav", "--job", "--save-job", "--fresh", "--no-cache")
+_CLIP_ONLY = (
+    "--math",
+    "--exact",
+    "--crf",
+    "--wav",
+    "--job",
+    "--save-job",
+    "--fresh",
+    "--no-cache",
+    "--tiled-decode",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +49,11 @@ def _add_calibration(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--prompts", metavar="FILE", help="text file with a prompt a line")
     group.add_argument("-o", "--output", default=OUTPUT, help=f"file to write (default {OUTPUT})")
     group.add_argument("--add", action="store_true", help="add to the output if it exists")
+    group.add_argument(
+        "--math-errors",
+        metavar="FILE",
+        help="also write what int8 arithmetic costs each layer, for `generate --exact FILE`",
+    )
     group.add_argument(
         "--text",
         action="store_true",
@@ -89,7 +104,10 @@ def _asked(options: argparse.Namespace, terminal: "Report") -> tuple["Calibratio
         first.frames = FRAMES
     request, networks = new_job(first, terminal.note)
     requests = with_prompts(request, prompts)
-    return Calibration(requests, Path(options.output), options.text, options.add), networks
+    errors = Path(options.math_errors) if options.math_errors else None
+    asked = Calibration(requests, Path(options.output), options.text, options.add, errors)
+    networks.math = "bf16"  # the plan is for what will be run
+    return asked, networks
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -129,6 +129,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     group.add_argument("-o", "--output", help=".mp4, or a folder for PNG frames (default out.mp4)")
     group.add_argument("--crf", type=int, default=19, help="H.264 quality, 0 best (default 19)")
+    group.add_argument(
+        "--tiled-decode",
+        nargs="?",
+        const="768,64",
+        metavar="SIZE,OVERLAP[,FRAMES,OVERLAP]",
+        help="decode in blended tiles, pixels of the long side and frames, as the official "
+        "pipelines do (768,64,80,24); default: exactly, in one piece",
+    )
     group.add_argument("--wav", help="also write the sound to this WAV file")
     group.add_argument("--job", help="run a saved job: a .json file, or a clip made by ltxlite")
     group.add_argument("--save-job", help="write the job as JSON here before running it")
@@ -155,6 +163,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the transformer's products are computed in (default: by card and file; without "
         "a GPU the --dtype)",
+    )
+    group.add_argument(
+        "--exact",
+        metavar="FILE",
+        help="leave layers in bf16 that int8 was measured to hurt (`calibrate --math-errors FILE`)",
     )
     group.add_argument(
         "--no-cache", action="store_true", help="encode prompts anew, keep no contexts on disk"

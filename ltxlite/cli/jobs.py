@@ -13,6 +13,7 @@ from ltxlite.catalog import SOURCES
 from ltxlite.checkpoint.variant import disagreement, variant_of
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import size_multiple
+from ltxlite.math_errors import exact_layers
 from ltxlite.media.container import read_metadata
 from ltxlite.network_configs import missing_parts
 from ltxlite.networks import Networks
@@ -25,7 +26,7 @@ from ltxlite.presets import (
     needs_distilled_lora,
     stages_for,
 )
-from ltxlite.request import Files, Output, Request, Stage, parse_fraction
+from ltxlite.request import Files, Output, Request, Stage, Tiles, parse_fraction
 from ltxlite.sampling.settings import Guidance
 from ltxlite.stages import refuse_missing
 from ltxlite.strength import Strength, parse_lora
@@ -42,7 +43,8 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
     if options.prompt is None:
         raise RequestError('no prompt: say what to see and hear with --prompt "..."')
     files, strengths = files_of(options)
-    given = (options.device, options.dtype, options.quantize, options.math)
+    exact = exact_layers(Path(options.exact)) if options.exact else ()
+    given = (options.device, options.dtype, options.quantize, options.math, exact)
     networks = open_networks(files, *given)
     model = _model(networks, options.variant, note)
     stages = _stages(options, model)
@@ -55,7 +57,13 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         prompt=options.prompt,
         negative=NEGATIVE_PROMPT if options.negative is None else options.negative,
         files=files,
-        output=Output(options.output or DEFAULT_OUTPUT, options.crf, crop, options.wav),
+        output=Output(
+            options.output or DEFAULT_OUTPUT,
+            options.crf,
+            crop,
+            options.wav,
+            parse_tiles(options.tiled_decode),
+        ),
         stages=stages,
         width=width,
         height=height,
@@ -66,6 +74,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         dtype=options.dtype,
         quantize=options.quantize,
         math=options.math,
+        exact=exact,
     )
     _lint(request, networks, model, bool(options.distilled_lora), note)
     return request, networks
@@ -87,7 +96,7 @@ def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks
         raise RequestError(f"{path}: the job would overwrite the clip it is read from; use -o")
     request = replace(request, output=replace(request.output, path=str(target)))
     note(f"job from {path}: {request.prompt[:60]!r}, seed {request.seed}")
-    given = (request.device, request.dtype, request.quantize, request.math)
+    given = (request.device, request.dtype, request.quantize, request.math, request.exact)
     return request, open_networks(request.files, *given)
 
 
@@ -245,6 +254,16 @@ def _named_size(text: str) -> tuple[int, int, tuple[int, int] | None]:
             f"--size {text!r}: wanted WIDTHxHEIGHT, 32 to 8192 each, or {', '.join(SIZES)}"
         )
     return int(match[1]), int(match[2]), None
+
+
+def parse_tiles(text: str | None) -> Tiles | None:
+    """Read "SIZE,OVERLAP" or "SIZE,OVERLAP,FRAMES,OVERLAP". Raises RequestError."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) not in (2, 4) or not all(re.fullmatch(r"\d{1,5}", part) for part in parts):
+        raise RequestError(f"--tiled-decode {text!r}: wanted SIZE,OVERLAP such as 768,64")
+    return Tiles(*map(int, parts))
 
 
 def _frames(options: argparse.Namespace, networks: Networks, note: Note) -> int:

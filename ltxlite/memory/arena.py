@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError, ShapeError
+from ltxlite.memory.needed import lateness
 
 # Vectorised loads and the tensor memory accelerator want 16 bytes, cuBLAS is fastest from there on;
 # a multiple of 256 also keeps every field on its own lines and pages as torch's allocator would.
@@ -78,12 +79,22 @@ class FilePortion:
     path: Path
     spans: tuple[Span, ...]
 
+    @property
+    def begin(self) -> int:
+        """Where in the buffer its first byte goes."""
+        return min(span.target for span in self.spans)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorPortion:
     """A part of a block that is copied from ordinary memory, converted on load perhaps."""
 
     items: tuple[tuple[Field, Tensor], ...]
+
+    @property
+    def begin(self) -> int:
+        """Where in the buffer its first byte goes."""
+        return min(item.offset for item, _ in self.items)
 
 
 Portion: TypeAlias = FilePortion | TensorPortion
@@ -225,7 +236,8 @@ def _tensors(module: nn.Module) -> list[_Found]:
                     item.places.append((registry, key))
     for item in found.values():
         _check(item.name, item.tensor)
-    return list(found.values())
+    late = lateness(module)
+    return sorted(found.values(), key=lambda item: late.get(item.name, 0))
 
 
 def _check(name: str, tensor: Tensor) -> None:

@@ -187,7 +187,9 @@ def _residence(need: Need, resident: frozenset[int], slots: int, budget: Budget)
     if HOST_BASE + moved > budget.ram:
         ring = min(RING, len(streamed)) * largest
         pinned = max(0, budget.ram - HOST_BASE - ring)
-    placement = Placement(resident, slots, max(0, slots - 1), pinned)
+    # Arenas are padded, by 15 kB a block: a bound of their very sum would leave one on disk.
+    bound = pinned if pinned < moved else None
+    placement = Placement(resident, slots, max(0, slots - 1), bound)
     return Residence(
         component=need.component,
         count=len(units),

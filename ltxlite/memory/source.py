@@ -175,6 +175,7 @@ class Ring:
         """Drop the buffers; the reader is closed already."""
         self._filling.clear()
         self._idle.clear()
+        self._contents = {}
 
     def _refill(self, cell: "_Cell") -> None:
         number = next(self._order, None)
@@ -261,12 +262,16 @@ class Host:
         for pair in begun:
             yield _finished(*pair)
 
-    def stream(self, order: Sequence[int]) -> None:
-        """Begin, or begin again, to bring blocks in this order, over and over."""
+    def stream(self, order: Sequence[int], lengths: Sequence[int]) -> None:
+        """Begin, or begin again, to bring blocks in this order, over and over.
+
+        lengths: of every block, by number, how many of its bytes are wanted.
+        """
         read = [number for number in order if number not in self._arenas]
-        self.read = sum(_file_bytes(part) for number in read for part in self._contents[number])
+        wanted = {n: [p for p in self._contents[n] if p.begin < lengths[n]] for n in read}
+        self.read = sum(_file_bytes(part) for parts in wanted.values() for part in parts)
         if read and self.ring is not None:
-            self.ring.start(cycle(read), self._contents)
+            self.ring.start(cycle(read), wanted)
         elif self.ring is not None:
             self._machine.drain()  # it may still be copied from
             self.ring = None

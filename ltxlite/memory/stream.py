@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ltxlite.errors import BudgetError, ShapeError
 from ltxlite.memory.arena import FileRange, MovableModule, Portion, divide
 from ltxlite.memory.machine import Machine, Mark
+from ltxlite.memory.needed import Needed
 from ltxlite.memory.source import Host, Reader
 
 _STAGING = 2  # host buffers on the way to what stays: one is read into while the other is copied
@@ -86,6 +87,7 @@ class _Arrival:
 class Streamer:
     """Walks through blocks of which only some are on the device at a time.
 
+    What no block reads at present, low-rank factors of strength 0, is left out (`needed`).
     From its construction on the modules have values only while `walk` yields them. Not for several
     threads; one walk at a time, a new one ends the last and begins at the first block again.
     """
@@ -110,6 +112,8 @@ class Streamer:
         self._machine = machine
         self._reader = reader or Reader(placement.threads)
         self._sizes = [block.layout.nbytes for block in self._blocks]
+        self._needed = Needed(modules, [block.layout for block in self._blocks])
+        self._lengths = self._needed.lengths()  # of what is sent
         self._order = _streamed_blocks(len(modules), placement)
         self._prefetch = placement.prefetch
         self._resident: dict[int, Tensor] = {}
@@ -134,9 +138,9 @@ class Streamer:
     def report(self) -> StreamReport:
         """Say what is where, and how long the host has waited so far."""
         host, ring = self._host, self._host.ring
-        moved = sum(self._sizes[number] for number in self._order)
+        moved = sum(self._lengths[number] for number in self._order)
         return StreamReport(
-            resident=sum(self._sizes) - moved,
+            resident=sum(buffer.nbytes for buffer in self._resident.values()),
             slots=sum(slot.buffer.nbytes for slot in self._slots),
             pinned=host.locked,
             pageable=host.pageable,
@@ -220,7 +224,7 @@ class Streamer:
         for place, number in enumerate(self._order):
             if place not in places:
                 self._take(number)
-        self._host.stream(self._order)
+        self._host.stream(self._order, self._lengths)
         self._send_ahead()
 
     def _allocate(self, placement: Placement) -> None:
@@ -259,7 +263,9 @@ class Streamer:
         if self._closed:
             raise RuntimeError("the streamer is closed")
         self._leave()
-        if not self._finished:
+        lengths = self._needed.lengths()
+        if not self._finished or lengths != self._lengths:
+            self._lengths = lengths
             self._start_over()
         if self._order and not self._slots:
             self._fill_slots(self._slot_buffers())
@@ -273,7 +279,7 @@ class Streamer:
             self._free.append(arrival.slot)
         self._coming.clear()
         self._ahead = 0
-        self._host.stream(self._order)
+        self._host.stream(self._order, self._lengths)
 
     def _enter(self, number: int) -> None:
         if number in self._resident:
@@ -302,8 +308,9 @@ class Streamer:
 
     def _send(self) -> None:
         number, slot = self._order[self._ahead], self._free[0]
-        source = self._host.take(number)
-        mark = self._machine.copy(slot.buffer[: source.nbytes], source, slot.after)
+        length = self._lengths[number]
+        source = self._host.take(number)[:length]
+        mark = self._machine.copy(slot.buffer[:length], source, slot.after)
         self._host.sent(number, mark)
         self._coming.append(_Arrival(number, self._free.popleft(), mark))
         self._ahead = (self._ahead + 1) % len(self._order)

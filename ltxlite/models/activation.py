@@ -13,9 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ltxlite_kernels.coding import Coding
+from ltxlite_kernels.gate_heads import gate_heads, gate_heads_quantize
+from ltxlite_kernels.norm_modulate import norm_modulate
 from ltxlite_kernels.quantize import norm_modulate_quantize, quantize_rows
-from ltxlite_kernels.rotate import Rotation
+from ltxlite_kernels.rotate import HAVE_TRITON
 from ltxlite_kernels.rows import Epilogue, ScaledRows
+
+
+def fuses(x: Tensor) -> bool:
+    """Tell whether fused kernels take x; meta stands for the card. None of them has gradients."""
+    if torch.is_grad_enabled():
+        return False
+    return HAVE_TRITON if x.is_cuda else x.is_meta
 
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -66,7 +76,7 @@ class Activation:
     def __init__(self, x: Tensor) -> None:
         self.x = x
         self._values: Tensor | None = None
-        self._coded: dict[Rotation, ScaledRows] = {}
+        self._coded: dict[Coding, ScaledRows] = {}
 
     def values(self) -> Tensor:
         """Return them as (B, t, K) in x's dtype."""
@@ -74,22 +84,17 @@ class Activation:
             self._values = self._valued()
         return self._values
 
-    def int8(self, rotation: Rotation) -> ScaledRows:
-        """Return them as int8 rows (B * t, K), turned."""
-        if rotation not in self._coded:
-            self._coded[rotation] = self._rounded(rotation)
-        return self._coded[rotation]
-
-    @property
-    def rows(self) -> int:
-        """B * t."""
-        return self.x.shape[0] * self.x.shape[1]
+    def coded(self, coding: Coding) -> ScaledRows:
+        """Return them as rows of codes (B * t, K)."""
+        if coding not in self._coded:
+            self._coded[coding] = self._rounded(coding)
+        return self._coded[coding]
 
     def _valued(self) -> Tensor:
         return self.x
 
-    def _rounded(self, rotation: Rotation) -> ScaledRows:
-        return quantize_rows(self.x.flatten(0, 1), rotation)
+    def _rounded(self, coding: Coding) -> ScaledRows:
+        return quantize_rows(self.x.flatten(0, 1), coding)
 
 
 class Normed(Activation):
@@ -104,22 +109,29 @@ class Normed(Activation):
         self.eps, self.shift, self.scale = eps, shift, scale
 
     def _valued(self) -> Tensor:
+        if fuses(self.x):
+            return norm_modulate(*self._flat(), self.eps).view(self.x.shape)
         normed = rms_norm(self.x, self.eps)
         if self.shift is None or self.scale is None:
             return normed
         return modulate(normed, self.shift.spread(), self.scale.spread())
 
-    def _rounded(self, rotation: Rotation) -> ScaledRows:
+    def _rounded(self, coding: Coding) -> ScaledRows:
+        return norm_modulate_quantize(*self._flat(), self.eps, coding)
+
+    def _flat(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return rows, shift, scale and index as kernels take them."""
         x = self.x.flatten(0, 1)
         if self.shift is None or self.scale is None:
-            return norm_modulate_quantize(x, None, None, None, self.eps, rotation)
-        index = self.shift.flat_index(*self.x.shape[:2])
-        shift, scale = self.shift.table, self.scale.table
-        return norm_modulate_quantize(x, shift, scale, index, self.eps, rotation)
+            return x, None, None, None
+        return x, self.shift.table, self.scale.table, self.shift.flat_index(*self.x.shape[:2])
 
 
 class Gated(Activation):
-    """Heads' outputs (B, t, H * D), each doubled or closed by 2·sigmoid of its logit (B, t, H)."""
+    """Heads' outputs (B, t, H * D), each doubled or closed by 2·sigmoid of its logit (B, t, H).
+
+    The outputs are used up: on a card their memory takes the result.
+    """
 
     __slots__ = ("logits",)
 
@@ -128,13 +140,15 @@ class Gated(Activation):
         self.logits = logits
 
     def _valued(self) -> Tensor:
+        if fuses(self.x):
+            return gate_heads(self.x.flatten(0, 1), self.logits.flatten(0, 1)).view(self.x.shape)
         gates = 2 * torch.sigmoid(self.logits)
         heads = self.x.unflatten(-1, (gates.shape[-1], -1))
         gated: Tensor = (heads * gates[..., None]).flatten(2)
         return gated
 
-    def _rounded(self, rotation: Rotation) -> ScaledRows:
-        return quantize_rows(self.values().flatten(0, 1), rotation)
+    def _rounded(self, coding: Coding) -> ScaledRows:
+        return gate_heads_quantize(self.x.flatten(0, 1), self.logits.flatten(0, 1), coding)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

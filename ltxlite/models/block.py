@@ -10,15 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.models.activation import Activation, Normed, Tail, Vectors, modulate
-from ltxlite.models.attention import Attention, AttentionShape, KeyValue, attention
+from ltxlite.models.attention import Attention, AttentionShape, Keys, attention, values_of
 from ltxlite.models.layers import TOKEN_CHUNK, FeedForward, TokenRows, add_rows
 from ltxlite.models.passes import Pass, RowWeights, Skip, StreamRope
 from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
 
 
+@dataclass(frozen=True, slots=True)
+class BlockVectors:
+    """Modulation of one stream in one block: its learned tables plus what noise levels say."""
+
+    own: TokenRows
+    cross: TokenRows
+    gate: TokenRows
+    prompt: TokenRows | None
+
+
 @dataclass(slots=True)
 class StreamState:
-    """A stream on its way through the blocks; `x` (B, T, W) changes, the rest stays."""
+    """A stream on its way through the blocks; `x` (B, T, W) and `block` change, the rest stays."""
 
     x: Tensor
     context: Tensor
@@ -31,6 +41,7 @@ class StreamState:
     prompt: TokenRows | None  # shift and scale of the prompt's keys and values
     cross: TokenRows  # scale, shift towards and scale, shift from the other stream
     gate: TokenRows  # of what comes from the other stream
+    block: BlockVectors | None = None  # those of the block that runs
 
 
 @dataclass(slots=True)
@@ -72,15 +83,28 @@ class StreamBlock(nn.Module):
         self.cross_table = nn.Parameter(torch.empty(5, width))
         self.prompt_table = nn.Parameter(torch.empty(2, width)) if config.text_modulation else None
 
+    def enter(self, state: StreamState) -> None:
+        """Compute the modulation of this block, once for all that it does to a stream."""
+        dtype, prompt = state.x.dtype, state.prompt
+        if self.prompt_table is not None and prompt is not None:
+            prompt = prompt.plus(self.prompt_table, dtype)
+        elif self.prompt_table is not None:
+            prompt = TokenRows(self.prompt_table.to(dtype)[None], state.gate.index[:1, :1])
+        state.block = BlockVectors(
+            state.modulation.plus(self.table, dtype),
+            state.cross.plus(self.cross_table[:4], dtype),
+            state.gate.plus(self.cross_table[4:], dtype),
+            prompt,
+        )
+
     def attend_self(self, state: StreamState, skip: bool | Tensor, chunk: int) -> None:
         """Add self-attention; where skipped (STG), its values pass through unmixed."""
-        module, x = self.self_attention, state.x
-        table = state.modulation.plus(self.table, x.dtype)
+        module, x, table = self.self_attention, state.x, vectors_of(state).own
 
         def source(rows: slice) -> Activation:
             return self._modulated(x, table, 0, rows)
 
-        kv = module.keys_values(source, x.shape[1], state.rope.own, chunk)
+        kv = module.prepared(module.keys_values(source, x.shape[1], state.rope.own, chunk))
 
         def update(rows: slice, residual: Tensor) -> Tensor:
             queries = source(rows)
@@ -96,23 +120,24 @@ class StreamBlock(nn.Module):
         return Normed(x[:, rows], self.eps, shift, scale)
 
     def _mix(
-        self, given: Activation, kv: KeyValue, state: StreamState, rows: slice, skip: bool | Tensor
+        self, given: Activation, kv: Keys, state: StreamState, rows: slice, skip: bool | Tensor
     ) -> Tensor:
         if skip is True:
-            return kv.value[:, rows]
+            return values_of(kv, rows, state.x.dtype)
         q = self.self_attention.queries(given, state.rope.own, rows)
         mixed = weighted_attention(q, kv, self.self_attention.heads, state.weights, rows)
         if isinstance(skip, Tensor):
-            return torch.where(skip.to(q.device)[:, None, None], kv.value[:, rows], mixed)
+            return torch.where(
+                skip.to(q.device)[:, None, None], values_of(kv, rows, mixed.dtype), mixed
+            )
         return mixed
 
     def attend_text(self, state: StreamState, chunk: int) -> None:
         """Add attention to the prompt, modulated on both sides in 2.3, plain in 2.0."""
-        module, x = self.text_attention, state.x
+        module, x, table = self.text_attention, state.x, vectors_of(state).own
         context = self._modulated_context(state)
         tokens = context.shape[1]
         kv = module.keys_values(lambda rows: Activation(context[:, rows]), tokens, None, tokens)
-        table = state.modulation.plus(self.table, x.dtype)
 
         def update(rows: slice, residual: Tensor) -> Tensor:
             queries, tail = Normed(x[:, rows], self.eps), Tail(residual=residual)
@@ -125,20 +150,15 @@ class StreamBlock(nn.Module):
         state.x = add_rows(x, update, chunk)
 
     def _modulated_context(self, state: StreamState) -> Tensor:
-        if self.prompt_table is None:
+        vectors = vectors_of(state).prompt
+        if vectors is None:
             return state.context
-        if state.prompt is None:
-            shift, scale = self.prompt_table.to(state.x.dtype)
-            return modulate(state.context, shift, scale)
-        vectors = state.prompt.plus(self.prompt_table, state.x.dtype)
-        every = slice(None)
-        shift, scale = (vectors.vectors(number, every).spread() for number in range(2))
+        shift, scale = (vectors.vectors(number, slice(None)).spread() for number in range(2))
         return modulate(state.context, shift, scale)
 
     def feed(self, state: StreamState, chunk: int) -> None:
         """Add the feed-forward layer."""
-        x = state.x
-        table = state.modulation.plus(self.table, x.dtype)
+        x, table = state.x, vectors_of(state).own
 
         def update(rows: slice, residual: Tensor) -> Tensor:
             tail = Tail(gate=table.vectors(5, rows), residual=residual)
@@ -149,18 +169,27 @@ class StreamBlock(nn.Module):
 
     def towards(self, state: StreamState, rows: slice, first: int) -> Activation:
         """Return this stream's rows as one side of a cross attention (table rows first, +1)."""
-        table = state.cross.plus(self.cross_table[:4], state.x.dtype)
+        table = vectors_of(state).cross
         shift, scale = table.vectors(first + 1, rows), table.vectors(first, rows)
         return Normed(state.x[:, rows], self.eps, shift, scale)
 
-    def received_gate(self, state: StreamState) -> Tensor:
-        """Return the gate (B or 1, 1, W) of what the other stream sends."""
-        gate = state.gate.plus(self.cross_table[4:], state.x.dtype)
-        return gate.vectors(0, slice(None)).spread()
+    def received_gate(self, state: StreamState, samples: bool | Tensor) -> Tensor:
+        """Return the gate (B or 1, 1, W) of what the other stream sends; samples: those it is for.
+
+        The gate of the others is closed.
+        """
+        gate = vectors_of(state).gate.vectors(0, slice(None)).spread()
+        return gate * samples if isinstance(samples, Tensor) else gate
+
+
+def vectors_of(state: StreamState) -> BlockVectors:
+    """Return the modulation of the block that runs."""
+    assert state.block is not None  # `enter` comes first
+    return state.block
 
 
 def weighted_attention(
-    q: Tensor, kv: KeyValue, heads: int, weights: tuple[RowWeights, ...], rows: slice
+    q: Tensor, kv: Keys, heads: int, weights: tuple[RowWeights, ...], rows: slice
 ) -> Tensor:
     """Attend with soft weights: each weight w adds log w to its score, w = 0 hides the key.
 
@@ -213,6 +242,8 @@ class Block(nn.Module):
             (self.audio, state.audio, Skip.AUDIO_SELF),
         )
         for block, stream, skip in streams:
+            if stream is not None:
+                block.enter(stream)
             if stream is not None and stream.enabled:
                 block.attend_self(stream, state.given.skipped(skip, number), state.chunk)
                 block.attend_text(stream, state.chunk)
@@ -220,23 +251,27 @@ class Block(nn.Module):
         for block, stream, _ in streams:
             if stream is not None and stream.enabled:
                 block.feed(stream, state.chunk)
+            if stream is not None:
+                stream.block = None
 
     def exchange(self, state: PassState, number: int) -> None:
         """Let each stream attend to the other as both stood before the exchange."""
         video, audio = state.video, state.audio
         if video is None or audio is None:
             return
-        to_video = _samples(state.given.skipped(Skip.AUDIO_TO_VIDEO, number), video)
-        to_audio = _samples(state.given.skipped(Skip.VIDEO_TO_AUDIO, number), audio)
+        hears = _receives(state.given.skipped(Skip.VIDEO_TO_AUDIO, number), audio)
+        sees = _receives(state.given.skipped(Skip.AUDIO_TO_VIDEO, number), video)
         heard: Tensor | None = None
-        if to_audio is not None:
-            heard = self._audio_update(video, audio, state.chunk) * to_audio
-        if to_video is not None:
-            self._update_video(video, audio, to_video, state.chunk)
+        if hears is not False:
+            heard = self._audio_update(video, audio, hears, state.chunk)
+        if sees is not False:
+            self._update_video(video, audio, sees, state.chunk)
         if heard is not None:
             audio.x = audio.x + heard
 
-    def _audio_update(self, video: StreamState, audio: StreamState, chunk: int) -> Tensor:
+    def _audio_update(
+        self, video: StreamState, audio: StreamState, samples: bool | Tensor, chunk: int
+    ) -> Tensor:
         module = self.video_to_audio
         kv = module.keys_values(
             lambda rows: self.video.towards(video, rows, 2),
@@ -246,12 +281,12 @@ class Block(nn.Module):
         )
         every = slice(0, audio.x.shape[1])
         queries = self.audio.towards(audio, every, 2)
-        tail = Tail(gate=Vectors.of_samples(self.audio.received_gate(audio)))
+        tail = Tail(gate=Vectors.of_samples(self.audio.received_gate(audio, samples)))
         out: Tensor = module(queries, kv, audio.rope.cross, every, None, tail)
         return out
 
     def _update_video(
-        self, video: StreamState, audio: StreamState, keep: Tensor | float, chunk: int
+        self, video: StreamState, audio: StreamState, samples: bool | Tensor, chunk: int
     ) -> None:
         module = self.audio_to_video
         kv = module.keys_values(
@@ -260,7 +295,7 @@ class Block(nn.Module):
             audio.rope.cross,
             chunk,
         )
-        gate = Vectors.of_samples(self.video.received_gate(video) * keep)
+        gate = Vectors.of_samples(self.video.received_gate(video, samples))
 
         def update(rows: slice, residual: Tensor) -> Tensor:
             queries = self.video.towards(video, rows, 0)
@@ -271,10 +306,8 @@ class Block(nn.Module):
         video.x = add_rows(video.x, update, chunk)
 
 
-def _samples(skipped: bool | Tensor, receiver: StreamState) -> Tensor | float | None:
-    """Factor of what a stream receives: None for nothing, 1, or a mask (B, 1, 1)."""
-    if skipped is True or not receiver.enabled:
-        return None
-    if isinstance(skipped, Tensor):
+def _receives(skipped: bool | Tensor, receiver: StreamState) -> bool | Tensor:
+    """Tell whether a stream receives, as a mask (B, 1, 1) where only some of its samples do."""
+    if isinstance(skipped, Tensor) and receiver.enabled:
         return (~skipped).to(receiver.x)[:, None, None]
-    return 1.0
+    return receiver.enabled and skipped is False

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ltxlite.errors import ShapeError
 from ltxlite.models.video_vae_config import Padding
+from ltxlite_kernels import norm_silu
 
 NORM_EPSILON = 1e-8  # the audio VAE has 1e-6
 # Frames convolved at once are copied beside their neighbours, three for each. Only small ones gain
@@ -39,6 +40,8 @@ def activate(x: Tensor) -> Tensor:
 
 def activate_(x: Tensor) -> Tensor:
     """Do what `activate` does in the memory of `x`."""
+    if norm_silu.fuses(x):
+        return norm_silu.norm_silu(x, NORM_EPSILON, out=x)
     return F.silu(x.div_(root_mean_square(x)), inplace=True)
 
 
@@ -46,18 +49,20 @@ def activate_(x: Tensor) -> Tensor:
 class Piece:
     """Consecutive frames (B, F, C, Y, X) of a clip, on their way into a convolution.
 
-    root: (B, F, 1, Y, X), what `root_mean_square` measured, if the convolution is to see the
-    frames activated; None if it is to see them as they are. A root has 1/128 of a frame's size, so
-    frames that are seen again are kept raw, for the skip connection, and their roots with them.
+    active: whether the convolution is to see them activated.  root: (B, F, 1, Y, X), what
+    `root_mean_square` then measured; None where a kernel measures it while it activates. A root
+    has 1/128 of a frame's size, so frames that are seen again are kept raw, for the skip
+    connection, and their roots with them.
     """
 
     frames: Tensor
+    active: bool = False
     root: Tensor | None = None
 
     @classmethod
     def activated(cls, frames: Tensor) -> Self:
         """Return frames that a convolution will see activated."""
-        return cls(frames, root_mean_square(frames))
+        return cls(frames, True, None if norm_silu.fuses(frames) else root_mean_square(frames))
 
     def __len__(self) -> int:
         return self.frames.shape[1]
@@ -65,7 +70,7 @@ class Piece:
     def part(self, start: int, stop: int) -> "Piece":
         """Return frames [start, stop), sharing memory."""
         root = None if self.root is None else self.root[:, start:stop]
-        return Piece(self.frames[:, start:stop], root)
+        return Piece(self.frames[:, start:stop], self.active, root)
 
     def compact(self) -> "Piece":
         """Return the same frames, which at most one other frame shares memory with.
@@ -75,12 +80,14 @@ class Piece:
         frames, root = self.frames, self.root
         if frames.untyped_storage().nbytes() * len(self) <= 2 * frames.nbytes:
             return self
-        return Piece(frames.clone(), None if root is None else root.clone())
+        return Piece(frames.clone(), self.active, None if root is None else root.clone())
 
     def write(self, target: Tensor) -> None:
         """Write what a convolution is to see into memory of the same shape."""
-        if self.root is None:
+        if not self.active:
             target.copy_(self.frames)
+        elif self.root is None:
+            norm_silu.norm_silu(self.frames, NORM_EPSILON, out=target)
         else:
             F.silu(torch.div(self.frames, self.root, out=target), inplace=True)
 
@@ -124,9 +131,9 @@ class CausalConv3d(nn.Module):
         batch, _, _, rows, columns = frames.shape
         return batch * max(weight.shape[:2]) * rows * columns * weight.element_size()
 
-    def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
-        """Convolve a whole clip (B, F, C, Y, X), with a root activated; return (B, F, N, Y, X)."""
-        clip = Piece(x, root)
+    def forward(self, x: Tensor, active: bool = False) -> Tensor:
+        """Convolve a whole clip (B, F, C, Y, X), activated or not; return (B, F, N, Y, X)."""
+        clip = Piece.activated(x) if active else Piece(x)
         first, last = clip.part(0, 1), clip.part(len(clip) - 1, len(clip))
         return self.convolve([first] * self.before + [clip] + [last] * self.after)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltxlite_kernels.norm_rope import RopeTables
+
 Layout = Literal["split", "interleaved"]
 
 
@@ -33,15 +35,21 @@ class RopeSpec:
 class Rope:
     """Cosines and sines of a sequence, fp32: (B, T, H, D/2) if split, (B, T, W) if interleaved.
 
-    With an index (B, T, A) the tables hold, instead of tokens, one row for each distinct position
-    of each axis, and a token's row is the sum of its A rows, which do not overlap. A clip of
-    1920x1088x121 has 110 such rows for its 32 640 tokens: 1.8 MiB instead of 510.
+    With an index (B, T, A) int32 the tables hold, instead of tokens, one row for each distinct
+    position of each axis, and a token's row is the sum of its A rows, which do not overlap. A clip
+    of 1920x1088x121 has 110 such rows for its 32 640 tokens: 1.8 MiB instead of 510.
     """
 
     cosines: Tensor
     sines: Tensor
     layout: Layout
     index: Tensor | None = None
+
+    def tables(self, rows: slice) -> RopeTables | None:
+        """Return what the kernel takes for the tokens `rows`; None where it has no such form."""
+        if self.layout != "split" or self.index is None:
+            return None
+        return RopeTables(self.cosines, self.sines, self.index[:, rows])
 
     @property
     def cos(self) -> Tensor:
@@ -62,7 +70,7 @@ class Rope:
         if self.index is None:
             return table[:, rows]
         index = self.index[:, rows]
-        found = F.embedding_bag(index.flatten(0, 1), table.flatten(1), mode="sum")
+        found = F.embedding_bag(index.flatten(0, 1).long(), table.flatten(1), mode="sum")
         return found.view(*index.shape[:2], *table.shape[1:])
 
 
@@ -81,7 +89,8 @@ def rope_table(positions: Tensor, spec: RopeSpec) -> Rope:
         sines.append(_spread(angles.sin(), axis, spec, padding=0.0))
         index.append(inverse + first)
         first += len(values)
-    return Rope(torch.cat(cosines), torch.cat(sines), spec.layout, torch.stack(index, dim=-1))
+    joined = torch.stack(index, dim=-1).to(torch.int32)
+    return Rope(torch.cat(cosines), torch.cat(sines), spec.layout, joined)
 
 
 def _spread(values: Tensor, axis: int, spec: RopeSpec, padding: float) -> Tensor:

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from ltxlite.errors import BudgetError
 from ltxlite.models.rolling import decode_frames
-from ltxlite.models.tiling import Placed, add_tile, place, space_tiles
+from ltxlite.models.tiling import (
+    Placed,
+    Span,
+    Tiling,
+    add_tile,
+    place,
+    space_tiles,
+    tiled_decode,
+)
 from ltxlite.models.video_vae import VideoDecoder
 from ltxlite.models.window import DecodeWindow
 
@@ -42,6 +50,8 @@ def decode_window(
     decoder.check(latent)
     if window.is_whole:
         return decode_frames(decoder, latent, window.group_bytes)
+    if window.is_classical:
+        return tiled_decode(decoder, latent, _tiling(decoder, window), window.group_bytes)
     return _decode_tiles(decoder, latent, window, folder)
 
 
@@ -66,6 +76,13 @@ def _decode_tiles(
                 add_tile(picture, frames.read(part.shape[2]), *tile)
             del part
             yield picture
+
+
+def _tiling(decoder: VideoDecoder, window: DecodeWindow) -> Tiling:
+    """Return the spans of a window in frames and pixels."""
+    grid = decoder.config.grid
+    spans = ((window.frames, grid.time), (window.rows, grid.space), (window.columns, grid.space))
+    return Tiling(*(Span(span.size * unit, span.overlap * unit) for span, unit in spans))
 
 
 Place = tuple[Placed, Placed]  # rows, columns

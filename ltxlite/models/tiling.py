@@ -14,6 +14,7 @@ Source: LTX-2 400fd31 ltx_core/model/video_vae/tiling.py and video_vae.py.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Self
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ltxlite.errors import RequestError
 from ltxlite.geometry import LatentGrid
-from ltxlite.models.rolling import decode_frames, encode_frames
+from ltxlite.models.rolling import GROUP_BYTES, decode_frames, encode_frames
 from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
 
 ENCODE_OVERLAP_PIXELS, ENCODE_OVERLAP_FRAMES = 64, 16
@@ -188,11 +189,15 @@ Axes = tuple[list[Placed], list[Placed], list[Placed]]  # time, rows, columns
 
 
 def tiled_decode(
-    decoder: VideoDecoder, latent: Tensor, tiling: Tiling | None = None
+    decoder: VideoDecoder,
+    latent: Tensor,
+    tiling: Tiling | None = None,
+    group_bytes: int = GROUP_BYTES,
 ) -> Iterator[Tensor]:
     """Decode tile by tile, yielding the frames that no later tile touches.
 
     latent: normalised, (B, C, F', Y, X).  tiling: `Tiling.auto` of the picture if None.
+    group_bytes: of the frames that pass through a tile together; see `decode_frames`.
     Yields (B, 3, f, 32 Y, 32 X) fp32 on the CPU, unclamped, in order, at most one item per stretch
     of time; the CPU holds up to two stretches.
     Raises RequestError for a tiling off the grid, ShapeError for another layout.
@@ -202,7 +207,7 @@ def tiled_decode(
     frames, rows, columns = latent.shape[2:]
     spans = _on_grid(tiling or Tiling.auto(rows * grid.space, columns * grid.space), grid)
     return _stretches(
-        decoder,
+        partial(_tile_pixels, decoder, group_bytes=group_bytes),
         latent,
         (
             place(time_tiles(frames, spans[0]), 1, grid.time, in_time=True),
@@ -212,11 +217,13 @@ def tiled_decode(
     )
 
 
-@torch.no_grad()
-def _stretches(decoder: VideoDecoder, latent: Tensor, axes: Axes) -> Iterator[Tensor]:
-    def decode(tile: Tensor) -> Tensor:
-        return torch.cat([part.float().cpu() for part in decode_frames(decoder, tile)], dim=2)
+def _tile_pixels(decoder: VideoDecoder, tile: Tensor, group_bytes: int) -> Tensor:
+    parts = [part.float().cpu() for part in decode_frames(decoder, tile, group_bytes)]
+    return torch.cat(parts, dim=2)
 
+
+@torch.no_grad()
+def _stretches(decode: Callable[[Tensor], Tensor], latent: Tensor, axes: Axes) -> Iterator[Tensor]:
     times, rows, columns = axes
     carried: Tensor | None = None
     for this, following in zip(times, [*times[1:], None], strict=True):

@@ -20,7 +20,6 @@ from ltxlite.models.causal_conv import (
     gather,
     joined,
     length,
-    root_mean_square,
 )
 from ltxlite.models.video_vae_config import COLOURS, Block, Padding, Stride, VideoVAEConfig
 
@@ -83,7 +82,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = CausalConv3d(width, width, causal, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.conv1(x, root_mean_square(x))
+        hidden: Tensor = self.conv1(x, active=True)
         hidden = self.conv2(activate_(hidden))
         return hidden.add_(x)
 
@@ -230,7 +229,7 @@ class VideoEncoder(_LatentScale):
         x = self.conv_in(x[:, : self.config.grid.snap_frames(x.shape[1])])
         for block in self.down_blocks:
             x = block(x)
-        return self.finish(self.conv_out(x, root_mean_square(x)))
+        return self.finish(self.conv_out(x, active=True))
 
 
 class VideoDecoder(_LatentScale):
@@ -275,7 +274,7 @@ class VideoDecoder(_LatentScale):
         x = self.conv_in(self.prepare(latent))
         for block in self.up_blocks:
             x = block(x)
-        return unpatchify(self.conv_out(x, root_mean_square(x)), self.config.patch)
+        return unpatchify(self.conv_out(x, active=True), self.config.patch)
 
 
 # Names as they stand after the prefix `vae.`.  The two halves are separate modules which both own

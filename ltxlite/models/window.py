@@ -7,12 +7,14 @@ single frame at a time does not fit, since tiles are blended and compute their o
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
+
+import torch
 
 from ltxlite.errors import BudgetError
 from ltxlite.models.causal_conv import WINDOW_BYTES
-from ltxlite.models.tiling import Span
+from ltxlite.models.tiling import Span, Tiling
 from ltxlite.models.video_vae_config import COLOURS, VideoVAEConfig
 
 Clip = tuple[int, int, int]  # latent frames, rows, columns
@@ -27,6 +29,7 @@ class DecodeWindow:
     """How a clip is decoded.
 
     group_bytes: what `decode_frames` is told.  rows, columns: of tiles, in latents; size 0 for all.
+    frames: the same along time, which only the classical tiles cut.
     need_bytes: predicted peak of activations on the device, weights and the latent not included.
     host_bytes: finished frames of all tiles but the last one, waiting for it in RAM or on disk.
     """
@@ -36,11 +39,17 @@ class DecodeWindow:
     columns: Span = field(default_factory=Span)
     need_bytes: int = 0
     host_bytes: int = 0
+    frames: Span = field(default_factory=Span)
 
     @property
     def is_whole(self) -> bool:
         """Tell whether the picture is decoded in one piece, which makes the result exact."""
-        return self.rows == self.columns == Span()
+        return self.rows == self.columns == self.frames == Span()
+
+    @property
+    def is_classical(self) -> bool:
+        """Tell whether time is cut, too."""
+        return self.frames != Span()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +154,52 @@ def choose_window(
         f"{'any amount' if host_bytes is None else f'{host_bytes / 2**20:.0f} MiB'}; "
         "free memory or make the picture smaller"
     )
+
+
+def classical_window(
+    config: VideoVAEConfig, clip: Clip, tiling: Tiling, group_bytes: int, itemsize: int = 2
+) -> DecodeWindow:
+    """Describe the decode in tiles of space and time, as `tiled_decode` does it.
+
+    Raises RequestError for tiles off the grid.
+    """
+    grid = config.grid
+    frames = tiling.frames.on_grid(grid.time, "frames")
+    rows = tiling.height.on_grid(grid.space, "height")
+    columns = tiling.width.on_grid(grid.space, "width")
+    tile = _largest_tile(clip, (frames, rows, columns))
+    need = decode_need(config, tile, group_bytes, itemsize)
+    pixels = math.prod(clip[1:]) * grid.space**2 * grid.pixel_frames(tile[0])
+    # The stretch of time that is being summed, and what of the last one reaches into it.
+    parked = 2 * pixels * COLOURS * torch.float32.itemsize
+    return DecodeWindow(group_bytes, rows, columns, need, parked, frames)
+
+
+def narrower(
+    config: VideoVAEConfig, clip: Clip, window: DecodeWindow, itemsize: int = 2
+) -> DecodeWindow:
+    """Return a window that needs a tenth less than this one at the least.
+
+    Classical tiles stay what they were asked to be, smaller groups pass through them.
+    Raises BudgetError if nothing needs that little.
+    """
+    spans = (window.rows, window.columns)
+    if not window.is_classical:
+        now = _window(config, clip, spans, window.group_bytes, itemsize).need_bytes
+        return choose_window(config, clip, now * 9 // 10, itemsize)
+    tile = _largest_tile(clip, (window.frames, *spans))
+    for group_bytes in GROUP_LADDER:
+        need = decode_need(config, tile, group_bytes, itemsize)
+        if group_bytes < window.group_bytes and need <= window.need_bytes * 9 // 10:
+            return replace(window, group_bytes=group_bytes, need_bytes=need)
+    raise BudgetError("decode: tiles of this size do not fit; make them smaller")
+
+
+def _largest_tile(clip: Clip, spans: tuple[Span, Span, Span]) -> Clip:
+    """Return latent frames, rows and columns of a classical tile."""
+    frames, rows, columns = (span.size or length for span, length in zip(spans, clip, strict=True))
+    # One more: all tiles but the first begin with a frame that is thrown away.
+    return min(frames + 1, clip[0]), min(rows, clip[1]), min(columns, clip[2])
 
 
 def _window(

@@ -122,8 +122,11 @@ def test_norm_modulation_and_gates_are_rounded_with_the_rows() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("method", ["beside", "merged"])
 @pytest.mark.parametrize("kind", ["Q8_0", "F8_E4M3", "BF16"])
-def test_low_rank_terms_join_coded_weights(kind: str, method: str) -> None:
-    base, x = coded(kind, 33, 96), normal(1, 19, 96, seed=3)
+@pytest.mark.parametrize("arithmetic", LIMITS)
+def test_low_rank_terms_join_coded_weights(
+    arithmetic: type[Arithmetic], kind: str, method: str
+) -> None:
+    base, x = coded(kind, 33, 96, arithmetic()), normal(1, 19, 96, seed=3)
     low = term(33, 96, rank=3, scale=0.5)
     linear = LowRankLinear(base, [low])
     linear.method = method  # type: ignore[assignment]
@@ -131,7 +134,7 @@ def test_low_rank_terms_join_coded_weights(kind: str, method: str) -> None:
     delta = x.double() @ (low.b.double() @ low.a.double()).T * low.scale
     wanted = product(base, x) + delta + residual.double()
     found = project(linear, Activation(x), Tail(residual=residual.clone()))
-    assert error(found, wanted) < CLOSE
+    assert error(found, wanted) < LIMITS[arithmetic]
     linear.strengths = [0.0]
     alone = project(base, Activation(x), Tail(residual=residual.clone()))
     assert torch.equal(project(linear, Activation(x), Tail(residual=residual.clone())), alone)

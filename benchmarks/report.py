@@ -48,7 +48,8 @@ class Verdict:
 
 def conditions(device: str, runs: int) -> dict[str, Any]:
     """Describe the machine and the state of the code: what a number means nothing without."""
-    changes = _git("status", "--porcelain")
+    # Results of other runs in the same clone change nothing of what is measured.
+    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     found: dict[str, Any] = {
         "machine": machine_name(device),
         "cores": os.cpu_count(),

@@ -4,16 +4,16 @@ Nothing is measured here and nothing assumed but what is named so.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels_torch_decode import DECODERS
+from benchmarks.traffic import Launches
 from benchmarks.vram_models import components, transformer_config
 from ltxlite.geometry import ClipShape
 from ltxlite.media.colour import to_unit_range
@@ -26,7 +26,6 @@ from ltxlite.models.text_projection import TextProjection
 from ltxlite.models.upscaler import LatentUpscaler, upscale_normalised
 from ltxlite.models.video_vae import VideoDecoder
 from ltxlite.models.vocoder import build_vocoder
-from ltxlite_kernels.ops import FUSED
 from ltxlite_quant.formats import FORMATS
 
 TEXT_TOKENS = 1024  # a prompt of the greatest length
@@ -119,41 +118,26 @@ def mixings(tokens: Tokens) -> list[Mixing]:
     return [Mixing(*shape, config.layers) for shape in (*shapes, (m, a, cross), (a, m, cross))]
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Launches):
     """Counts kernels, the bytes they read and write, and the operations of products.
 
-    Every operation that is no view is a kernel, and moves each of its tensors once: caches are
-    ignored.  Compositions that CUDA runs as one (`ltxlite_kernels.ops.FUSED`) count as one.
-    Use it under inference mode: elsewhere compositions arrive in parts.
+    Every kernel moves each of its tensors once: caches are ignored.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.kernels, self.nbytes, self.flops = 0, 0, 0.0
         self.product_bytes = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = dict(kwargs or {})
-        fused = FUSED.get(func)
-        if fused is None:
-            with self:
-                result = func.decompose(*args, **named)
-            if result is not NotImplemented:
-                return result
-        result = (fused or func)(*args, **named)
-        if not _shows(func):
-            given, made = _tensors((args, named)), _tensors(result)
-            moved = sum(_moved(one) for one in {id(x): x for x in (*given, *made)}.values())
-            self.kernels += 1
-            self.nbytes += moved
-            self._count_products(func, args, result, moved)
-        return result
+    def launched(
+        self, func: Any, args: tuple[Any, ...], named: Mapping[str, Any], result: Any
+    ) -> None:
+        """Add a kernel."""
+        given, made = _tensors((args, named)), _tensors(result)
+        moved = sum(_moved(one) for one in {id(x): x for x in (*given, *made)}.values())
+        self.kernels += 1
+        self.nbytes += moved
+        self._count_products(func, args, result, moved)
 
     def _count_products(self, func: Any, args: tuple[Any, ...], result: Any, moved: int) -> None:
         packet = func.overloadpacket
@@ -177,11 +161,6 @@ _PRODUCTS = {
     torch.ops.aten.addmm: 1,
     torch.ops.aten.baddbmm: 1,
 }
-
-
-def _shows(func: Any) -> bool:
-    returned = [item.alias_info for item in func._schema.returns]
-    return bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
 
 
 def _moved(x: Tensor) -> int:

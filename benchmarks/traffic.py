@@ -8,6 +8,7 @@ aside. Products, attention and what decodes weights are listed apart.
 
 import argparse
 import sys
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,17 +59,20 @@ class Tally:
         return sum(self.launches.get((kind, stream), 0) for kind in kinds)
 
 
-class TrafficMeter(TorchDispatchMode):
-    """Counts what operations read and write.
+class Launches(TorchDispatchMode):
+    """Shows `launched` every operation that is no view; compositions of a card count as one.
 
-    An operation belongs to the stream whose token count one of its tensors has; where none has, to
-    the stream of that width.
+    Use it under inference mode: elsewhere compositions arrive in parts.
     """
 
-    def __init__(self, shape: ClipShape) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tally = Tally()
-        self._tokens = {shape.video_tokens: "video", shape.audio_frames: "audio"}
+
+    @abstractmethod
+    def launched(
+        self, func: Any, args: tuple[Any, ...], named: Mapping[str, Any], result: Any
+    ) -> None:
+        """Take note of an operation, its arguments and what it returned."""
 
     def __torch_dispatch__(
         self,
@@ -86,12 +90,28 @@ class TrafficMeter(TorchDispatchMode):
                 return result
         result = (fused or func)(*args, **named)
         if not _only_views(func):
-            self._count(func, result, (args, tuple(named.values())))
+            self.launched(func, args, named, result)
         return result
 
-    def _count(self, func: Any, result: Any, given: Any) -> None:
+
+class TrafficMeter(Launches):
+    """Counts what operations read and write.
+
+    An operation belongs to the stream whose token count one of its tensors has; where none has, to
+    the stream of that width.
+    """
+
+    def __init__(self, shape: ClipShape) -> None:
+        super().__init__()
+        self.tally = Tally()
+        self._tokens = {shape.video_tokens: "video", shape.audio_frames: "audio"}
+
+    def launched(
+        self, func: Any, args: tuple[Any, ...], named: Mapping[str, Any], result: Any
+    ) -> None:
+        """Add what it read and what it wrote."""
         name = func._schema.name.split("::")[1]
-        tensors = list(_tensors(given))
+        tensors = list(_tensors((args, tuple(named.values()))))
         if name.rstrip("_") in _NO_LAUNCH or not (tensors or list(_tensors(result))):
             return
         read = sum(one.nbytes for one in tensors)

@@ -23,7 +23,13 @@ from benchmarks.harness import Case, Result, Row
 from benchmarks.vram_models import WEIGHTS, components
 from benchmarks.vram_rivals import diffusers_bytes, diffusers_missing, one_pass_decode
 from ltxlite.account import Job, Levers, Phase, StageJob
-from ltxlite.account.media import image_phase, picture_phase, sound_phases, upscale_phase
+from ltxlite.account.media import (
+    image_phase,
+    picture_phase,
+    sound_encoder_phase,
+    sound_phases,
+    upscale_phase,
+)
 from ltxlite.account.stage import stage_phases
 from ltxlite.account.text import text_phases
 from ltxlite.errors import BudgetError
@@ -45,6 +51,8 @@ CAPABILITY = 86  # of the card: an RTX 3060, where "auto" is int8
 # The smallest plan takes chunks of 2048 tokens; smaller win little where the decode is the peak.
 SMALLEST = next(rung for rung, (chunk, _) in enumerate(LADDER) if chunk == TOKEN_CHUNK)
 RANK = 384  # of the distilled LoRA
+GIVEN_SIZE = (1280, 768, 121)  # both stages divide by 64, as half-size references need
+GIVEN = ("image", "keyframes", "IC-LoRA 1/2", "IC-LoRA 1/1", "retake", "a2v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ class Setup:
     guided: bool = False
     rank: int = 0
     images: int = 0
+    given: str = ""
 
     @property
     def name(self) -> str:
@@ -64,6 +73,7 @@ class Setup:
         extras = ("dev 4 passes", self.guided), (f"LoRA {self.rank}", self.rank)
         words = [word for word, given in (*extras, ("image", self.images)) if given]
         size = "x".join(map(str, self.size))
+        words += [self.given] * bool(self.given)
         return " ".join([size, self.weights, f"{self.stages}-stage", *words])
 
     def job(self) -> Job:
@@ -76,18 +86,37 @@ class Setup:
             rows, columns = (int(side * stage.fraction) // 32 for side in (height, width))
             sound = AudioGrid().latent_frames(frames, FPS)
             shape = ClipShape(LatentGrid().latent_frames(frames), rows, columns, sound, FPS)
-            found.append(
-                StageJob(
-                    shape,
-                    stage.video,
-                    stage.audio,
-                    steps=30 if self.guided else 8,
-                    upscaler=stage.upscaler,
-                    images=self.images,
-                )
+            plain = StageJob(
+                shape,
+                stage.video,
+                stage.audio,
+                steps=30 if self.guided else 8,
+                upscaler=stage.upscaler,
+                images=self.images,
             )
+            found.append(_with_given(plain, self.given, first=not found))
         prompts = (1024,) * (2 if self.guided else 1)
         return Job(width, height, tuple(found), prompts)
+
+
+def _with_given(stage: StageJob, given: str, first: bool) -> StageJob:
+    """Add what steers a job, one of GIVEN; references are seen by the first stage only."""
+    shape = stage.shape
+    still, whole = (1, shape.rows, shape.columns), (shape.frames, shape.rows, shape.columns)
+    match given:
+        case "image":
+            return replace(stage, images=1)
+        case "keyframes":
+            return replace(stage, appended=(still,) * 3, encoded=(still,))
+        case "IC-LoRA 1/1" | "IC-LoRA 1/2" if first:
+            divisor = int(given[-1])
+            extent = (shape.frames, shape.rows // divisor, shape.columns // divisor)
+            return replace(stage, appended=(extent,), encoded=(extent,))
+        case "retake":
+            return replace(stage, held=True, encoded=(whole,), sound=shape.audio_frames)
+        case "a2v":
+            return replace(stage, sound=shape.audio_frames)
+    return stage
 
 
 def setups() -> Iterator[Setup]:
@@ -102,6 +131,10 @@ def setups() -> Iterator[Setup]:
             yield replace(plain, rank=RANK)
             yield replace(plain, guided=True, rank=RANK)
             yield replace(plain, images=1)
+    for count in (1, 2):
+        plain = Setup(GIVEN_SIZE, VARIED, count)
+        yield plain
+        yield from (replace(plain, given=given) for given in GIVEN)
 
 
 def _needs(setup: Setup, rung: int) -> list[Need]:
@@ -160,11 +193,14 @@ def accounted(setup: Setup, levers: Levers) -> list[Phase]:
     last = job.stages[-1].shape
     found = [*_text(setup.weights, job.prompts, levers)]
     for number, stage in enumerate(job.stages, start=1):
+        if stage.encodes:
+            found.append(replace(_image(stage, levers), name=f"encode pictures for stage {number}"))
+    if job.stages[0].sound:
+        found.append(sound_encoder_phase(components("bf16"), job.stages[0], levers))
+    for number, stage in enumerate(job.stages, start=1):
         parts: list[Phase] = []
         if stage.upscaler is not None:
             parts.append(_upscaled(job.stages[number - 2].shape, levers))
-        if stage.images:
-            parts.append(_image(stage, levers))
         parts += _stage(setup.weights, setup.rank, stage, levers)
         found += (
             replace(part, name=part.name.replace("stage 0", f"stage {number}")) for part in parts

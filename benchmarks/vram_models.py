@@ -51,6 +51,7 @@ def components(weights: str, rank: int = 0) -> Components:
         "transformer": Component(config, Weights(_transformer_formats(weights), ranks)),
         "text_encoder": Component(gemma, Weights(_gemma_formats(weights))),
         "text_projection": Component(TextProjectionConfig(gemma.hidden, gemma.states, 4096, 2048)),
+        "audio_encoder": Component(AudioVAEConfig()),
         "audio_decoder": Component(AudioVAEConfig()),
         "vocoder": Component(VocoderConfig()),
         "upscaler x2": Component(UpscalerConfig(width=1024)),

@@ -28,12 +28,12 @@ from ltxlite.networks import Networks, Prepare
 from ltxlite.progress import Clock, Report
 from ltxlite.release import release_name
 from ltxlite.request import Request
+from ltxlite.stage_shapes import stage_shape
 from ltxlite.stages import (
     Progress,
     Prompts,
     beginning,
     needs_negative,
-    stage_shape,
     stage_sigmas,
 )
 

@@ -45,6 +45,9 @@ SOURCES = {
     "audio_decoder": Source(
         "the audio VAE", "--audio-vae", _KIJAI, "vae/LTX23_audio_vae_bf16.safetensors", 0.36
     ),
+    "audio_encoder": Source(
+        "the audio VAE", "--audio-vae", _KIJAI, "vae/LTX23_audio_vae_bf16.safetensors", 0.36
+    ),
     "vocoder": Source(
         "the vocoder", "--audio-vae", _KIJAI, "vae/LTX23_audio_vae_bf16.safetensors", 0.36
     ),

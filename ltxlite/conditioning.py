@@ -6,12 +6,13 @@ Source: LTX-2 400fd31 (ltx_core/conditioning, ltx_pipelines/utils), restated in 
 """
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ltxlite.errors import RequestError, ShapeError
-from ltxlite.geometry import LatentGrid, patchify_video, video_positions
+from ltxlite.geometry import AudioGrid, ClipShape, LatentGrid, patchify_video, video_positions
 from ltxlite.models.passes import RowWeights, Timesteps
 
 
@@ -76,6 +77,25 @@ class LatentState:
         return replace(self, **tensors, groups=groups)
 
 
+States = tuple[LatentState, LatentState]  # picture and sound
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """What must be known of a stage to steer it.
+
+    number: from 0.  shape: of its latents.  frames, rate: pixel frames of the clip, and how many a
+    second.  grid, audio_grid: how pixels and samples scale to latents.
+    """
+
+    number: int
+    shape: ClipShape
+    frames: int
+    rate: Fraction
+    grid: LatentGrid
+    audio_grid: AudioGrid
+
+
 def start(initial: Tensor, positions: Tensor) -> LatentState:
     """Begin a state from tokens (B, T, C) and their positions (1, A, T, 2): generate everything."""
     mask = initial.new_ones(*initial.shape[:2], 1)
@@ -118,11 +138,17 @@ def append(
     """Append an encoded condition (B, C, f, y, x) with its positions (1, 3, n, 2).
 
     weight: (n,) attention weights between its tokens and the target, None for 1 without a mask.
+    Tokens are kept in the order of their weights, so that equal ones share a row of weights.
     """
     tokens = patchify_video(latent).to(state.clean)
     count = tokens.shape[1]
     if positions.shape[2] != count:
         raise ShapeError(f"condition: {count} tokens but {positions.shape[2]} positions")
+    positions = positions.to(state.positions)
+    if weight is not None:
+        weight = weight.to(state.mask)
+        order = weight.argsort(stable=True)
+        weight, tokens, positions = weight[order], tokens[:, order], positions[:, :, order]
     mask = tokens.new_full((*tokens.shape[:2], 1), 1 - _strength(strength))
     group = Group(state.tokens, state.tokens + count, weight)
     return replace(
@@ -130,7 +156,7 @@ def append(
         initial=torch.cat([state.initial, torch.zeros_like(tokens)], dim=1),
         clean=torch.cat([state.clean, tokens], dim=1),
         mask=torch.cat([state.mask, mask], dim=1),
-        positions=torch.cat([state.positions, positions.to(state.positions)], dim=2),
+        positions=torch.cat([state.positions, positions], dim=2),
         groups=(*state.groups, group),
     )
 
@@ -199,25 +225,27 @@ def attention_weights(state: LatentState) -> tuple[RowWeights, ...]:
             from_target[:, :, group.start : group.stop] = group.weight
     rows = [RowWeights(0, target, from_target)]
     for number, group in enumerate(state.groups):
-        rows.append(_group_rows(state, number, group, open_groups))
+        rows += _group_rows(state, number, group, open_groups)
     return tuple(rows)
 
 
-def _group_rows(state: LatentState, number: int, group: Group, open_groups: int) -> RowWeights:
-    own = _uniform(group.weight).to(state.mask)
-    weights = torch.zeros(1, own.shape[0], state.tokens, device=state.mask.device)
-    weights[:, :, : state.target] = own[:, None]
-    weights[:, :, group.start : group.stop] = 1
-    if number < open_groups:
-        weights[:, :, state.target : state.groups[open_groups].start] = 1
-    return RowWeights(group.start, group.stop, weights)
-
-
-def _uniform(weight: Tensor | None) -> Tensor:
-    """Shrink equal weights (n,) to one, so that a whole group shares one row."""
-    if weight is None:
-        return torch.ones(1)
-    return weight[:1] if bool((weight == weight[0]).all()) else weight
+def _group_rows(
+    state: LatentState, number: int, group: Group, open_groups: int
+) -> list[RowWeights]:
+    """Return a row for each run of tokens that have one weight."""
+    own = torch.ones(1) if group.weight is None else group.weight
+    values, counts = torch.unique_consecutive(own, return_counts=True)
+    stops = counts.cumsum(0).tolist() if group.weight is not None else [group.stop - group.start]
+    rows, start = [], group.start
+    for value, stop in zip(values.to(state.mask), stops, strict=True):
+        row = torch.zeros(1, 1, state.tokens, device=state.mask.device)
+        row[..., : state.target] = value
+        row[..., group.start : group.stop] = 1
+        if number < open_groups:
+            row[..., state.target : state.groups[open_groups].start] = 1
+        rows.append(RowWeights(start, group.start + stop, row))
+        start = group.start + stop
+    return rows
 
 
 def dense_weights(state: LatentState) -> Tensor:

@@ -13,6 +13,8 @@ from ltxlite.checkpoint.assemble import nonfinite_parameters
 from ltxlite.conditioning import LatentState, attention_weights
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.models.passes import (
+    Avoided,
+    ContextBias,
     Pass,
     Perturbation,
     Skip,
@@ -29,10 +31,16 @@ from ltxlite.sampling.settings import Guidance
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as one stream sees it: contexts (1, S, W), positive and, for guidance, negative."""
+    """A prompt as one stream sees it: contexts (1, S, W), positive and, for guidance, negative.
+
+    bias: what of the positive one each token sees.  avoided: what it leads away from. Neither is
+    there where the negative one is seen.  Source: features.md C7, H1.
+    """
 
     positive: Tensor
     negative: Tensor | None = None
+    bias: ContextBias | None = None
+    avoided: Avoided | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +192,9 @@ class _Prepared:
     def input(self, x: Tensor, sigma: float, negative: bool) -> StreamInput:
         state, prompt = self.stream.state, self.stream.prompt
         # A given stream keeps its prompt in the negative pass: nothing of it is being guided.
-        context = prompt.positive
+        context, bias, avoided = prompt.positive, prompt.bias, prompt.avoided
         if negative and prompt.negative is not None and not state.frozen:
-            context = prompt.negative
+            context, bias, avoided = prompt.negative, None, None
         level = 0.0 if state.frozen else sigma
         return StreamInput(
             latent=x,
@@ -196,6 +204,8 @@ class _Prepared:
             context=context,
             weights=self.weights,
             rope=self.rope,
+            context_bias=bias,
+            avoided=avoided,
         )
 
     def x0(self, x: Tensor, velocity: Velocity, sigma: float) -> Tensor:

@@ -7,8 +7,8 @@ Source of the recipes: LTX-2 400fd31, ltx_pipelines; restated in model.md 5.
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,12 +23,9 @@ from ltxlite.checkpoint.lora import (
     set_strengths,
 )
 from ltxlite.context_cache import ContextCache
-from ltxlite.encode import encode_prompts
+from ltxlite.delivery import Grids
 from ltxlite.errors import BudgetError, CheckpointError, RequestError
-from ltxlite.media.audio import write_wav
-from ltxlite.media.frame_writer import FrameWriter, create_frames
-from ltxlite.media.output import VideoSettings
-from ltxlite.media.video_writer import VideoWriter, create_video
+from ltxlite.given.encode import check_given, encode_given
 from ltxlite.memory import place
 from ltxlite.memory.budget import Budget
 from ltxlite.models.rolling import GROUP_BYTES
@@ -37,8 +34,10 @@ from ltxlite.models.transformer import Transformer
 from ltxlite.networks import Networks
 from ltxlite.planning import RUNGS, plan_job, smaller_window, window_of
 from ltxlite.progress import Clock, Report
+from ltxlite.prompts import check_texts, encode_texts
 from ltxlite.request import Request
 from ltxlite.resume import SavedRun
+from ltxlite.stage_shapes import stage_shape
 from ltxlite.stages import (
     Latents,
     Progress,
@@ -46,13 +45,12 @@ from ltxlite.stages import (
     StageRun,
     beginning,
     enlarge,
-    needs_negative,
     refuse_missing,
-    stage_shape,
     stage_sigmas,
 )
+from ltxlite.writing import JOB_TAG as JOB_TAG
+from ltxlite.writing import Made, Written, write_clip
 
-JOB_TAG = "ltxlite_job"
 Save = Callable[[Progress], None]
 
 
@@ -71,11 +69,12 @@ class Means:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run made, and the seconds that its parts took."""
+    """What a run made, (width, height) of it, and the seconds that its parts took."""
 
     path: Path
     frames: int
     seconds: dict[str, float]
+    size: tuple[int, int]
 
 
 @torch.inference_mode()
@@ -95,9 +94,9 @@ def generate(
     with closing(networks), SavedRun(request, networks, report.note) as saved:
         progress = (None if means.fresh else saved.load()) or beginning(request, networks)
         latents = sample_latents(request, networks, progress, clock, saved.save, means)
-        decode(request, networks, latents, clock)
+        written = decode(request, networks, latents, clock)
         saved.discard()
-    return Result(Path(request.output.path), request.frames, clock.finish())
+    return Result(Path(request.output.path), written.frames, clock.finish(), written.size)
 
 
 def check(request: Request, networks: Networks) -> None:
@@ -108,6 +107,7 @@ def check(request: Request, networks: Networks) -> None:
     refuse_missing(request.stages, networks)
     networks.check_families()
     open_loras(request, networks)
+    check_texts(request, networks)
     layers = networks.transformer_config().layers
     for number, stage in enumerate(request.stages, start=1):
         stage_sigmas(stage, stage_shape(request, stage, networks))
@@ -116,6 +116,7 @@ def check(request: Request, networks: Networks) -> None:
                 raise RequestError(
                     f"stage {number}: stg block {block} of a transformer with {layers} blocks"
                 )
+    check_given(request, networks)
 
 
 def make_plan(
@@ -139,14 +140,11 @@ def make_plan(
 def encode(
     request: Request, networks: Networks, clock: Clock, cache: ContextCache | None = None
 ) -> Prompts:
-    """Encode the prompt, and the negative one where some stage needs it."""
+    """Encode all texts that stages need, and all media."""
     clock.begin("encode prompt", 1)
-    texts = [request.prompt]
-    if any(needs_negative(stage) for stage in request.stages):
-        texts.append(request.negative or "")
-    contexts = encode_prompts(networks, texts, clock.note, cache)
+    prompts = encode_texts(request, networks, clock.note, cache)
     clock.advance(1)
-    return Prompts(contexts[0], contexts[1] if len(contexts) > 1 else None)
+    return replace(prompts, given=encode_given(request, networks, clock))
 
 
 def sample_latents(
@@ -269,21 +267,22 @@ def attach_loras(
     return loras
 
 
-def decode(request: Request, networks: Networks, latents: Latents, clock: Clock) -> None:
-    """Decode sound and picture and write the clip.
+def decode(request: Request, networks: Networks, latents: Latents, clock: Clock) -> Written:
+    """Decode sound and picture and write the clip; return what it is like.
 
     Where the card runs out of memory the picture is decoded again, through a smaller window: the
     same frames, as long as no tiles are needed.
     """
     sound: tuple[Tensor, int] | None = None
+    grids = Grids(networks.latent_grid(), networks.audio_grid())
     for attempt in range(1, RUNGS + 1):
         try:
             if sound is None:
                 clock.begin("decode sound", 1)
                 sound = decode_sound(networks, latents.audio)
             clock.begin("decode picture", request.frames)
-            write_clip(request, decode_picture(networks, latents.video), sound, clock)
-            return
+            made = Made(decode_picture(networks, latents.video), sound)
+            return write_clip(request, made, grids, clock)
         except torch.OutOfMemoryError as error:
             if attempt == RUNGS:
                 raise
@@ -295,6 +294,7 @@ def decode(request: Request, networks: Networks, latents: Latents, clock: Clock)
                 networks.window = smaller_window(networks, (frames, rows, columns))
         tiles = "" if networks.window.is_whole else ", in tiles"
         clock.note(f"out of memory ({reason}); decoding anew, with less{tiles}")
+    raise AssertionError("the last rung returns or raises")
 
 
 def decode_sound(networks: Networks, latent: Tensor) -> tuple[Tensor, int]:
@@ -318,36 +318,3 @@ def decode_picture(networks: Networks, latent: Tensor) -> Iterator[Tensor]:
                 "it; use --dtype bfloat16 or download it again"
             )
         yield frames[0].transpose(0, 1)
-
-
-def write_clip(
-    request: Request, frames: Iterator[Tensor], sound: tuple[Tensor, int], clock: Clock
-) -> None:
-    """Write frames and sound where the request says, as they come."""
-    waveform, rate = sound
-    done = 0
-    with _writer(request, rate) as writer:
-        writer.write_audio(waveform)
-        for piece in frames:
-            writer.write(piece)
-            done += len(piece)
-            clock.advance(done)
-    if request.output.wav is not None:
-        write_wav(Path(request.output.wav), waveform, rate)
-
-
-def _writer(request: Request, rate: int) -> AbstractContextManager[VideoWriter | FrameWriter]:
-    output = request.output
-    width, height = output.crop or (request.width, request.height)
-    settings = VideoSettings(
-        width=width,
-        height=height,
-        fps=request.rate,
-        audio_rate=rate,
-        crf=output.crf,
-        metadata={JOB_TAG: request.to_json(), "comment": request.prompt[:200]},
-    )
-    path = Path(output.path)
-    if path.suffix:
-        return create_video(path, settings)
-    return create_frames(path, settings)

@@ -21,7 +21,7 @@ from ltxlite.models.tiling import Span, Tiling
 from ltxlite.models.window import DecodeWindow, choose_window, classical_window, narrower
 from ltxlite.networks import Networks
 from ltxlite.request import Request
-from ltxlite.stages import stage_shape
+from ltxlite.stage_shapes import stage_shape
 
 # Chunks are halved until the job fits: each time the largest temporary halves. Every chunk decodes
 # the block's weights again, 5 % of an RTX 3060's time for a product of 1.8k to 3.1k tokens, of a

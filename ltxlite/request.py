@@ -1,7 +1,7 @@
 """What the user may ask: frozen records whose JSON is a job file. No torch, no files opened here.
 
-Of ours it imports only the error tree and the torch-free records of `sampling.settings` and
-`strength`.
+Of ours it imports only the error tree and the torch-free records of `sampling.settings`,
+`strength` and `conditions`.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeVar
 
+from ltxlite.conditions import Conditions
 from ltxlite.errors import RequestError
 from ltxlite.sampling.settings import Guidance, check_sampler
 from ltxlite.strength import Strength
@@ -157,6 +158,7 @@ class Request:
     quantize: str | None = None
     math: MathName = "auto"
     exact: tuple[str, ...] = ()
+    conditions: Conditions = field(default_factory=Conditions)
     version: int = JOB_VERSION
 
     def __post_init__(self) -> None:
@@ -174,6 +176,12 @@ class Request:
             raise RequestError("the job has no stages; give at least one")
         _one_of("dtype", self.dtype, DType)
         _one_of("math", self.math, MathName)
+        for reference in self.conditions.references:
+            if max(reference.stages) > len(self.stages):
+                raise RequestError(
+                    f"reference {reference.path}: stages {reference.stages} of a job with "
+                    f"{len(self.stages)}"
+                )
 
     @property
     def rate(self) -> Fraction:

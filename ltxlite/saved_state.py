@@ -21,16 +21,17 @@ from ltxlite.checkpoint.files import SUFFIXES
 from ltxlite.denoise import reused_names
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import ClipShape
+from ltxlite.given.takes import stage_takes
 from ltxlite.networks import Networks
 from ltxlite.request import Request
 from ltxlite.sampling.contract import NoiseKind, Position
 from ltxlite.sampling.samplers import SAMPLERS
+from ltxlite.stage_shapes import stage_shape
 from ltxlite.stages import (
     SDE_KINDS,
     Latents,
     Progress,
     latent_sizes,
-    stage_shape,
     step_count,
     token_sizes,
 )
@@ -59,6 +60,7 @@ def conditions(request: Request, networks: Networks) -> dict[str, Any]:
         "ltxlite": ltxlite.__version__,
         "torch": torch.__version__,
         "model files": [_identity(path) for path in _model_files(request, networks)],
+        "media files": [_identity(Path(path)) for path in request.conditions.media()],
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))
     return plain
@@ -186,7 +188,8 @@ def _sizes(place: _Place, request: Request, networks: Networks) -> dict[str, tup
     is_last = place.done == step_count(request, networks, place.stage)
     remembered = () if is_last else sampler.remembers[: place.done]
     guidances = (stage.video, stage.audio)
-    for number, tokens in enumerate(token_sizes(networks, shape)):
+    appended = stage_takes(request, networks, place.stage, shape).tokens
+    for number, tokens in enumerate(token_sizes(networks, shape, appended)):
         sizes |= {f"carry.{name}.{number}": tokens for name in ("x", *remembered)}
         reused = reused_names(guidances[number], sampler.needs_uncond)
         sizes |= {f"prediction.{name}.{number}": tokens for name in reused}
@@ -216,8 +219,8 @@ def _json(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
 def _refuse_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name, value in now.items():
         found = _first_difference(then.get(name), value, name)
-        if found is not None and name == "model files":
-            raise RequestError("it was made with other model files, or they have changed")
+        if found is not None and name in ("model files", "media files"):
+            raise RequestError(f"it was made with other {name}, or they have changed")
         if found is not None:
             where, old, new = found
             raise RequestError(f"its {where} was {old!r:.60} and is {new!r:.60} now")

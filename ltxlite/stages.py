@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltxlite import conditioning
 from ltxlite.catalog import SOURCES
-from ltxlite.conditioning import LatentState
+from ltxlite.conditioning import LatentState, StageContext, States
 from ltxlite.denoise import Denoiser, Evaluation, Prompt, Stream, refuse_nonfinite
 from ltxlite.encode import Contexts
 from ltxlite.errors import CheckpointError, RequestError
@@ -26,16 +26,21 @@ from ltxlite.geometry import (
     unpatchify_video,
     video_positions,
 )
+from ltxlite.given import Given
+from ltxlite.models.passes import Avoided
 from ltxlite.models.transformer import Transformer
 from ltxlite.models.upscaler import LatentUpscaler, upscale_normalised
 from ltxlite.network_configs import missing_parts
 from ltxlite.networks import Networks
+from ltxlite.relay import relayed
 from ltxlite.request import Request, Stage
 from ltxlite.sampling.contract import NoiseKind, Position, State, Tools
 from ltxlite.sampling.noise import SdeNoise, initial_noise, sde_seed, stage_seed
 from ltxlite.sampling.samplers import SAMPLERS, continue_sampling, evaluation_sigmas
 from ltxlite.sampling.schedule_text import parse
 from ltxlite.sampling.schedules import Schedule
+from ltxlite.stage_shapes import stage_shape
+from ltxlite.steering import steer
 
 SDE_KINDS: tuple[NoiseKind, ...] = ("step", "sub")
 
@@ -79,10 +84,18 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The contexts of a job; the negative ones are there when some stage needs them."""
+    """What the encoders made of a job.
+
+    positive, negative: contexts; the negative ones are there when some stage needs them.
+    given: images, clips and sound that steer it.  avoided: what picture and sound lead away from.
+    passages: the context's rows of each segment of a relayed prompt.
+    """
 
     positive: Contexts
     negative: Contexts | None
+    given: Given = field(default_factory=Given)
+    avoided: tuple[Avoided | None, Avoided | None] = (None, None)
+    passages: tuple[slice, ...] = ()
 
     def of(self, sound: bool) -> Prompt:
         """Return one stream's part."""
@@ -91,7 +104,7 @@ class Prompts:
         audio = [None if contexts is None else contexts.audio for contexts in pair]
         positive, negative = audio if sound else video
         assert positive is not None
-        return Prompt(positive, negative)
+        return Prompt(positive, negative, avoided=self.avoided[sound])
 
 
 def needs_negative(stage: Stage) -> bool:
@@ -109,32 +122,6 @@ def refuse_missing(stages: Sequence[Stage], networks: Networks) -> None:
     lines += [SOURCES[kind].advice() for kind in wanted if kind not in kinds]
     if lines:
         raise CheckpointError("missing files:\n  " + "\n  ".join(lines))
-
-
-def stage_shape(request: Request, stage: Stage, networks: Networks) -> ClipShape:
-    """Return a stage's latent shape. Raises RequestError if its size is off the grid."""
-    grid, audio = networks.latent_grid(), networks.audio_grid()
-    sizes = [size * stage.fraction for size in (request.height, request.width)]
-    if request.frames != grid.snap_frames(request.frames):
-        raise RequestError(
-            f"{request.frames} frames: wanted {grid.time}n + 1, such as "
-            f"{grid.snap_frames(request.frames)}"
-        )
-    for size in sizes:
-        if size.denominator != 1 or size % grid.space:
-            raise RequestError(
-                f"{request.width}x{request.height} at scale {stage.scale} gives {float(size):g} "
-                f"pixels; wanted multiples of {grid.space}"
-            )
-    rows, columns = (int(size) // grid.space for size in sizes)
-    frames = grid.latent_frames(request.frames)
-    length = audio.latent_frames(request.frames, request.rate)
-    if length < 1:
-        raise RequestError(
-            f"{request.frames} frames at {request.fps} fps are too short for any sound; "
-            "make the clip longer"
-        )
-    return ClipShape(frames, rows, columns, length, float(request.rate))
 
 
 def stage_sigmas(stage: Stage, shape: ClipShape) -> Schedule:
@@ -155,10 +142,12 @@ def latent_sizes(networks: Networks, shape: ClipShape) -> tuple[tuple[int, ...],
     return video, (1, channels.audio.channels // bins, shape.audio_frames, bins)
 
 
-def token_sizes(networks: Networks, shape: ClipShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes (1, T, C) of what a stage samples, picture and sound."""
+def token_sizes(
+    networks: Networks, shape: ClipShape, appended: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes (1, T, C) of what a stage samples, picture (with appended) and sound."""
     channels = networks.transformer_config()
-    video = (1, shape.video_tokens, channels.video.channels)
+    video = (1, shape.video_tokens + appended, channels.video.channels)
     return video, (1, shape.audio_frames, channels.audio.channels)
 
 
@@ -225,7 +214,7 @@ class StageRun:
 
         finished: told the progress after each step, before the next one begins.
         """
-        video, audio = self._states()
+        video, audio = self._states(prompts.given)
         if self.networks.memory is not None:  # AdaLN weights are on the host
             self.transformer.tabulate(self._levels(video, audio))
         denoiser = self._denoiser(video, audio, prompts)
@@ -267,7 +256,7 @@ class StageRun:
             sound = unpatchify_audio(final[1], self.shape.audio_frames, sound.shape[1])
         return Latents(unpatchify_video(final[0], self.shape), sound, self.shape)
 
-    def _states(self) -> tuple[LatentState, LatentState]:
+    def _states(self, steering: Given) -> States:
         device, shape, given = self.networks.device, self.shape, self.progress.latents
         grid: LatentGrid = self.networks.latent_grid()
         latent = (shape.frames, shape.rows, shape.columns)
@@ -277,7 +266,13 @@ class StageRun:
         audio = conditioning.start(patchify_audio(given.audio), positions)
         if self.stage.sound == "freeze" and self.number > 0:
             audio = conditioning.freeze(audio)
-        return video, audio
+        conditions, stage = self.request.conditions, self._context()
+        return steer((video, audio), conditions, steering.of(self.number), stage)
+
+    def _context(self) -> StageContext:
+        grids = self.networks.latent_grid(), self.networks.audio_grid()
+        request = self.request
+        return StageContext(self.number, self.shape, request.frames, request.rate, *grids)
 
     def _start(self, video: LatentState, audio: LatentState) -> State:
         seed = stage_seed(self.request.seed, self.number, self.stage.seed)
@@ -293,6 +288,12 @@ class StageRun:
         device, drawn = self.networks.device, self.progress.drawn
         return SdeNoise(shapes, seeds, standardised=standardised, device=device, drawn=drawn)
 
+    def _prompt(self, prompts: Prompts, state: LatentState, sound: bool) -> Prompt:
+        prompt, relay = prompts.of(sound), self.request.conditions.relay
+        if relay is None:
+            return prompt
+        return relayed(prompt, prompts.passages, relay, state, self._context())
+
     def _denoiser(self, video: LatentState, audio: LatentState, prompts: Prompts) -> Denoiser:
         def first_is_finite(evaluation: Evaluation) -> None:
             # Only once a stage: looking at values makes the host wait for the device.
@@ -301,8 +302,8 @@ class StageRun:
 
         return Denoiser(
             self.transformer,
-            Stream(video, prompts.of(sound=False), self.stage.video),
-            Stream(audio, prompts.of(sound=True), self.stage.audio),
+            Stream(video, self._prompt(prompts, video, sound=False), self.stage.video),
+            Stream(audio, self._prompt(prompts, audio, sound=True), self.stage.audio),
             first_is_finite,
             SAMPLERS[self.stage.sampler].needs_uncond,
         )

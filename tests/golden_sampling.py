@@ -1,13 +1,16 @@
 """Runners of the reference cases that sample: guidance, samplers, conditioning, whole pipelines."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 
 import torch
 from golden_support import Case, Outputs
 from torch import Tensor
 
 from ltxlite import conditioning
-from ltxlite.conditioning import LatentState
+from ltxlite.conditioning import LatentState, StageContext, States
+from ltxlite.conditions import Conditions, Guide, Image
 from ltxlite.denoise import Denoiser, Evaluation, Prompt, Stream
 from ltxlite.geometry import (
     ClipShape,
@@ -18,6 +21,7 @@ from ltxlite.geometry import (
     unpatchify_video,
     video_positions,
 )
+from ltxlite.given import GivenReference, StageGiven
 from ltxlite.media.colour import to_uint8_rgb
 from ltxlite.models.upscaler import upscale_normalised
 from ltxlite.networks import Networks
@@ -26,6 +30,8 @@ from ltxlite.sampling.guidance import apg, cfg_star, combine
 from ltxlite.sampling.samplers import sample
 from ltxlite.sampling.schedules import TABLES
 from ltxlite.sampling.settings import Guidance, Options
+from ltxlite.steering import steer
+from ltxlite.steering.images import attention_weight
 
 GUIDANCE_FIELDS = {
     "cfg_scale": "cfg",
@@ -189,9 +195,7 @@ def run_conditioned(case: Case) -> Outputs:
     p = case.params
     networks, _, _ = _grids(case)
     video, audio = _plain_states(case, tuple(p["latent"]))
-    video = _with_image(case, video)
-    video = _with_keyframe(case, video, networks)
-    video = _with_reference(case, video, networks)
+    video, audio = _steered(case, (video, audio), networks)
     frozen = str(p.get("audio", "")).startswith("frozen")
     audio = conditioning.freeze(audio) if frozen else audio
     if "start_time" in p:
@@ -229,50 +233,35 @@ def _conditioned_outputs(
     return outputs
 
 
-def _with_image(case: Case, state: LatentState) -> LatentState:
-    latent = case.get("image_latent")
-    if latent is None:
-        return state
-    p = case.params
-    # Without an entry of its own the image stands at the start; `strength` is then another's.
-    image = p.get("image", p if "latent_index" in p else {})
-    index, strength = image.get("latent_index", 0), image.get("strength", 1.0)
-    first = index * latent.shape[3] * latent.shape[4]
-    return conditioning.place_image(state, latent, first, strength)
+def _steered(case: Case, states: States, networks: Networks) -> States:
+    """Put what the case gives into the states, as a job's records would."""
+    p, latent = case.params, case.params["latent"]
+    shape = ClipShape(*latent, p["audio_frames"], p["fps"])
+    grids = networks.latent_grid(), networks.audio_grid()
+    frames = grids[0].pixel_frames(latent[0])
+    stage = StageContext(0, shape, frames, Fraction(p["fps"]), *grids)
+    conditions, given = Conditions(), StageGiven()
+    if (image := case.get("image_latent")) is not None:
+        # Without an entry of its own the image stands at the start; `strength` is then another's.
+        said = p.get("image", p if "latent_index" in p else {})
+        at, strength = said.get("latent_index", 0) * grids[0].time, said.get("strength", 1.0)
+        conditions = replace(conditions, images=(Image("image", str(at), (strength,)),))
+        given = replace(given, images=(image,))
+    if (keyframe := case.get("keyframe_latent")) is not None:
+        said = p["keyframe"]
+        assert said["num_pixel_frames"] == grids[0].pixel_frames(keyframe.shape[2])
+        guide = Guide("keyframe", str(said["frame_idx"]), (said["strength"],))
+        conditions = replace(conditions, guides=(guide,))
+        given = replace(given, guides=(keyframe,))
+    if (latent := case.get("reference_latent")) is not None:
+        given = replace(given, references=(_reference(p, latent),))
+    return steer(states, conditions, given, stage)
 
 
-def _with_keyframe(case: Case, state: LatentState, networks: Networks) -> LatentState:
-    latent = case.get("keyframe_latent")
-    if latent is None:
-        return state
-    p = case.params
-    k = p["keyframe"]
-    positions = conditioning.keyframe_positions(
-        tuple(latent.shape[2:]),
-        k["frame_idx"],
-        k["num_pixel_frames"],
-        p["fps"],
-        networks.latent_grid(),
-    )
-    return conditioning.append(state, latent, positions, k["strength"])
-
-
-def _with_reference(case: Case, state: LatentState, networks: Networks) -> LatentState:
-    latent = case.get("reference_latent")
-    if latent is None:
-        return state
-    p = case.params
-    positions = conditioning.reference_positions(
-        tuple(latent.shape[2:]),
-        p["fps"],
-        networks.latent_grid(),
-        p["downscale_factor"],
-        p.get("temporal_scale_factor", 1),
-    )
-    weight: Tensor | None = None
-    if (attention := p.get("attention_strength", 1.0)) != 1.0:
-        weight = torch.full((positions.shape[2],), attention)
-    return conditioning.append(state, latent, positions, p["strength"], weight)
+def _reference(p: dict, latent: Tensor) -> GivenReference:
+    weight = attention_weight(p.get("attention_strength", 1.0), latent[0, 0].numel())
+    factors = p["downscale_factor"], p.get("temporal_scale_factor", 1)
+    return GivenReference(latent, p["strength"], *factors, weight)
 
 
 def run_pipeline(case: Case) -> Outputs:

@@ -41,6 +41,7 @@ JOBS = {
     "plain": StageJob(SHAPE),
     "guided": StageJob(SHAPE, GUIDED, GUIDED),
     "image": StageJob(SHAPE, images=1),
+    "guides": StageJob(SHAPE, appended=((1, 5, 7), (2, 2, 3)), weighted=True, strengths=2),
     "res_2s": StageJob(SHAPE, sampler="res_2s"),
 }
 

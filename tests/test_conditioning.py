@@ -69,6 +69,16 @@ def test_uniform_groups_share_one_row() -> None:
     assert [tuple(item.weights.shape) for item in rows] == [(1, 1, 10), (1, 1, 10)]
 
 
+def test_what_is_appended_goes_where_the_state_is() -> None:
+    # Positions and weights are made on the CPU; a card would refuse to index one by the other.
+    state = video_state().to(torch.device("meta"))
+    state = appended(state, 3, [1.0, 0.0, 0.5])
+    (group,) = state.groups
+    assert group.weight is not None
+    tensors = (state.initial, state.clean, state.mask, state.positions, group.weight)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 def test_appended_tokens_start_from_zeros_and_hold_their_clean_values() -> None:
     state = appended(video_state(), 3, None)
     noise = torch.randn(1, state.tokens, 5, generator=torch.Generator().manual_seed(1))

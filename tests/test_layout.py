@@ -102,7 +102,8 @@ def test_only_linears_and_their_arithmetic_join_quant_and_kernels() -> None:
 
 
 def test_networks_use_kernels_and_nobody_else_does() -> None:
-    users = r"ltxlite\.(?!models|linear$|arithmetic$|math_mode$|account).*"  # an account states what kernels take
+    # An account states what kernels take.
+    users = r"ltxlite\.(?!models|linear$|arithmetic$|math_mode$|account).*"
     assert not offending(users, "ltxlite_kernels")
 
 
@@ -116,8 +117,14 @@ def test_errors_import_nothing_of_ours_and_requests_no_torch() -> None:
         r"ltxlite\.request",
         *OWN,
         "torch",
-        allowed=("ltxlite.errors", "ltxlite.sampling.settings", "ltxlite.strength"),
+        allowed=(
+            "ltxlite.conditions",
+            "ltxlite.errors",
+            "ltxlite.sampling.settings",
+            "ltxlite.strength",
+        ),
     )
+    assert not offending(r"ltxlite\.conditions", *OWN, "torch", allowed=("ltxlite.errors",))
 
 
 def test_nothing_of_ours_imports_tests_or_benchmarks() -> None:

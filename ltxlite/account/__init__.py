@@ -10,7 +10,13 @@ from collections.abc import Sequence
 
 from ltxlite.account.inputs import components_of, job_of
 from ltxlite.account.job import Job, StageJob
-from ltxlite.account.media import image_phase, picture_phase, sound_phases, upscale_phase
+from ltxlite.account.media import (
+    image_phase,
+    picture_phase,
+    sound_encoder_phase,
+    sound_phases,
+    upscale_phase,
+)
 from ltxlite.account.phase import Component, Components, Levers, Phase
 from ltxlite.account.stage import stage_phases
 from ltxlite.account.text import text_phases
@@ -58,14 +64,25 @@ def phases(
     """
     levers = levers or Levers()
     found = list(text or text_phases(components, job.prompts, levers))
+    found += given_phases(components, job, levers)
     for number, stage in enumerate(job.stages, start=1):
         if stage.upscaler is not None:
             before = job.stages[number - 2].shape
             found.append(upscale_phase(components, number, before, stage.upscaler, levers))
-        if stage.images:
-            found.append(image_phase(components, number, stage, levers))
         found += stage_phases(components, number, stage, levers)
     last = job.stages[-1].shape
     found += sound_phases(components, last, levers)
     found.append(picture_phase(components, last, levers))
     return tuple(found)
+
+
+def given_phases(components: Components, job: Job, levers: Levers) -> list[Phase]:
+    """Account for the encoding of all that a job is given; it comes before the first stage."""
+    found = [
+        image_phase(components, number, stage, levers)
+        for number, stage in enumerate(job.stages, start=1)
+        if stage.encodes
+    ]
+    if job.stages[0].sound:
+        found.append(sound_encoder_phase(components, job.stages[0], levers))
+    return found

@@ -1,6 +1,7 @@
 """What the account needs, from the headers of the user's files and from the request."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -8,13 +9,16 @@ from ltxlite.account.job import Job, StageJob
 from ltxlite.account.phase import Component
 from ltxlite.checkpoint.lora import Lora
 from ltxlite.checkpoint.stored import StoredTensor
+from ltxlite.conditions import of_stage
 from ltxlite.memory.blank import Weights
 from ltxlite.models.connector import CONTEXT_LENGTH
 from ltxlite.models.text_projection import TextProjectionConfig
 from ltxlite.network_configs import upscaler_config
 from ltxlite.networks import ANATOMY, Networks
+from ltxlite.prompts import prompt_texts
 from ltxlite.request import Request
-from ltxlite.stages import needs_negative, stage_shape, stage_sigmas
+from ltxlite.stage_shapes import stage_shape
+from ltxlite.stages import stage_sigmas
 from ltxlite_quant.formats import BlockFormat
 from ltxlite_quant.scaled import SCALINGS
 
@@ -36,6 +40,7 @@ def components_of(networks: Networks, loras: Sequence[Lora] = ()) -> dict[str, C
         ),
         "video_encoder": networks.video_config(),
         "video_decoder": networks.video_config(),
+        "audio_encoder": networks.audio_config(),
         "audio_decoder": networks.audio_config(),
         "vocoder": networks.vocoder_config(),
     }
@@ -62,21 +67,50 @@ def job_of(request: Request, networks: Networks, prompt_tokens: int = CONTEXT_LE
 
     Raises RequestError where a stage's size is off the grid.
     """
-    stages = []
-    for stage in request.stages:
+    stages, nag = [], request.conditions.nag
+    avoided = (False, False) if nag is None else (nag.video is not None, nag.audio is not None)
+    for number, stage in enumerate(request.stages):
         shape = stage_shape(request, stage, networks)
-        stages.append(
-            StageJob(
-                shape,
-                stage.video,
-                stage.audio,
-                stage.sampler,
-                len(stage_sigmas(stage, shape)) - 1,
-                stage.upscaler,
-            )
+        plain = StageJob(
+            shape,
+            stage.video,
+            stage.audio,
+            stage.sampler,
+            len(stage_sigmas(stage, shape)) - 1,
+            stage.upscaler,
+            avoided=avoided,
+            relayed=request.conditions.relay is not None,
         )
-    count = 2 if any(needs_negative(stage) for stage in request.stages) else 1
+        stages.append(_with_given(plain, request, networks, number))
+    count = len(prompt_texts(request))
     return Job(request.width, request.height, tuple(stages), (prompt_tokens,) * count)
+
+
+def _with_given(stage: StageJob, request: Request, networks: Networks, number: int) -> StageJob:
+    """Add what a stage is given: headers of media are read, nothing is decoded but one frame."""
+    conditions, shape = request.conditions, stage.shape
+    if not conditions.media():
+        return stage
+    from ltxlite.given.takes import stage_takes  # with Pillow and PyAV, for jobs with media only
+
+    takes = stage_takes(request, networks, number, shape)
+    encoded = [take.extent for take in takes.all]
+    if conditions.source is not None:
+        encoded.append((shape.frames, shape.rows, shape.columns))
+    strengths = {of_stage(item.strengths, number) for item in conditions.images}
+    strengths |= {of_stage(item.strengths, number) for item in conditions.guides}
+    strengths |= {item.reference.strength for item in takes.references}
+    heard = conditions.sound is not None or conditions.source is not None
+    return replace(
+        stage,
+        images=max((take.extent[0] for take in takes.images), default=0),
+        appended=takes.appended,
+        weighted=takes.is_weighted or any(item.attention != 1 for item in conditions.guides),
+        held=conditions.source is not None,
+        strengths=max(1, len(strengths - {0.0})),
+        encoded=tuple(dict.fromkeys(encoded)),
+        sound=shape.audio_frames if heard else 0,
+    )
 
 
 def _weights(networks: Networks, name: str, stored: Mapping[str, StoredTensor]) -> Weights:

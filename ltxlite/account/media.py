@@ -2,11 +2,12 @@
 
 import torch
 
-from ltxlite.account.job import StageJob
+from ltxlite.account.job import Extent, StageJob
 from ltxlite.account.phase import META, Blank, Components, Levers, Phase, blank, metered
 from ltxlite.geometry import ClipShape
 from ltxlite.media.colour import rgb_to_i420, to_unit_range
-from ltxlite.models.audio_vae import AudioDecoder
+from ltxlite.models import mel
+from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder
 from ltxlite.models.rolling import decode_frames, encode_frames
 from ltxlite.models.upscaler import LatentUpscaler, upscale_normalised
 from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
@@ -14,6 +15,8 @@ from ltxlite.models.vocoder import build_vocoder
 
 # By this frame of the clip a decode has reached its peak, but for 1 %; 241 frames take 8 s.
 _DECODED_FRAMES = 16
+# The encoder keeps two frames a layer; three groups of eight fill them all.
+_ENCODED_FRAMES = 25
 
 
 def upscale_phase(
@@ -70,16 +73,38 @@ def sound_phases(components: Components, shape: ClipShape, levers: Levers) -> li
 
 
 def image_phase(components: Components, number: int, stage: StageJob, levers: Levers) -> Phase:
-    """Return the phase that encodes images, one at a time, at a stage's size."""
+    """Return the phase that encodes images and clips, one after the other, for a stage."""
     made: Blank[VideoEncoder] = blank(
         "video_encoder", components["video_encoder"], VideoEncoder, levers.dtype
     )
-    scale = made.network.config.space_scale
-    size = (stage.shape.rows * scale, stage.shape.columns * scale)
     with torch.inference_mode(), metered(levers) as meter:
-        pixels = torch.empty(1, 3, 1, *size, device=META)
-        encode_frames(made.network, [pixels], levers.group_bytes)
-        return made.phase(f"encode image for stage {number}", meter)
+        for extent in stage.encodes:
+            encode_beginning(made.network, extent, levers, META)
+        return made.phase(f"encode pictures for stage {number}", meter)
+
+
+def encode_beginning(
+    encoder: VideoEncoder, extent: Extent, levers: Levers, device: torch.device
+) -> None:
+    """Encode blank frames, in groups as the pipeline does, until the peak is reached."""
+    frames, rows, columns = extent
+    scale = encoder.config.space_scale
+    size = (rows * scale, columns * scale)
+    group = max(1, levers.group_bytes // (4 * 3 * size[0] * size[1]))
+    left = min(encoder.config.grid.pixel_frames(frames), max(_ENCODED_FRAMES, 2 * group + 1))
+    counts = [group] * (left // group) + [left % group] * bool(left % group)
+    pixels = (torch.empty(1, 3, n, *size, dtype=levers.dtype, device=device) for n in counts)
+    encode_frames(encoder, pixels, levers.group_bytes).float()
+
+
+def sound_encoder_phase(components: Components, stage: StageJob, levers: Levers) -> Phase:
+    """Return the phase that encodes sound which is given."""
+    component = components["audio_encoder"]
+    made: Blank[AudioEncoder] = blank("audio_encoder", component, AudioEncoder, levers.dtype)
+    with torch.inference_mode(), metered(levers) as meter:
+        size = (1, mel.CHANNELS, stage.sound * component.config.downscale, mel.MEL_BINS)
+        made.network(torch.empty(size, dtype=levers.dtype, device=META)).float()
+        return made.phase("encode sound", meter)
 
 
 def _extent(shape: ClipShape) -> tuple[int, int, int]:

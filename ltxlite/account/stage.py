@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite import conditioning
-from ltxlite.account.job import StageJob
+from ltxlite.account.job import Extent, StageJob
 from ltxlite.account.phase import (
     META,
     Blank,
@@ -25,6 +25,7 @@ from ltxlite.linear import QuantLinear
 from ltxlite.math_mode import set_math
 from ltxlite.memory.blank import stored_bytes
 from ltxlite.models.connector import CONTEXT_LENGTH
+from ltxlite.models.passes import Avoided, ContextBias
 from ltxlite.models.transformer import AdaLN, Transformer
 from ltxlite.models.transformer_config import TransformerConfig
 from ltxlite.sampling.contract import Prediction, State, Tools
@@ -71,17 +72,33 @@ def make_denoiser(transformer: Transformer, stage: StageJob, dtype: torch.dtype)
     config, needs = transformer.config, SAMPLERS[stage.sampler].needs_uncond
     guidances = (_in_first_block(stage.video), _in_first_block(stage.audio))
     negative = needs or any("uncond" in guidance.passes(0) for guidance in guidances)
-    widths = (config.caption_channels or stream.context for stream in (config.video, config.audio))
+    prompts = _prompts(config, stage, negative, dtype)
     streams = [
-        Stream(state, _prompt(width, negative, dtype), guidance)
-        for state, width, guidance in zip(_states(config, stage), widths, guidances, strict=True)
+        Stream(state, prompt, guidance)
+        for state, prompt, guidance in zip(_states(config, stage), prompts, guidances, strict=True)
     ]
     return Denoiser(transformer, streams[0], streams[1], needs_uncond=needs)
 
 
-def _prompt(width: int, negative: bool, dtype: torch.dtype) -> Prompt:
-    positive, other = (torch.zeros(1, CONTEXT_LENGTH, width, dtype=dtype) for _ in range(2))
-    return Prompt(positive, other if negative else None)
+def _prompts(
+    config: TransformerConfig, stage: StageJob, negative: bool, dtype: torch.dtype
+) -> list[Prompt]:
+    """Make the prompts of picture and sound, with what they avoid and who sees what."""
+    shape, found = stage.shape, []
+    frames = (shape.frames, shape.audio_frames)
+    for sound, stream in enumerate((config.video, config.audio)):
+        width = config.caption_channels or stream.context
+        positive, other, away = (
+            torch.zeros(1, CONTEXT_LENGTH, width, dtype=dtype) for _ in range(3)
+        )
+        bias = None
+        if stage.relayed:
+            tokens = shape.audio_frames if sound else stage.tokens
+            rows = torch.zeros(frames[sound] + 1, CONTEXT_LENGTH)
+            bias = ContextBias(rows, torch.zeros(tokens, dtype=torch.int32))
+        avoided = Avoided(away) if stage.avoided[sound] else None
+        found.append(Prompt(positive, other if negative else None, bias, avoided))
+    return found
 
 
 def move_denoiser(denoiser: Denoiser, device: torch.device = META) -> None:
@@ -120,12 +137,22 @@ def _states(config: TransformerConfig, stage: StageJob) -> tuple[LatentState, La
     latent = (shape.frames, shape.rows, shape.columns)
     initial = torch.zeros(1, shape.video_tokens, config.video.channels)
     video = conditioning.start(initial, video_positions(latent, shape.fps, LatentGrid()))
-    if stage.images:
-        image = torch.zeros(1, config.video.channels, stage.images, shape.rows, shape.columns)
+    if held := stage.images or int(stage.held):
+        image = torch.zeros(1, config.video.channels, held, shape.rows, shape.columns)
         video = conditioning.place_image(video, image, 0, 1.0)
+    for extent in stage.appended:
+        video = _appended(video, extent, stage.weighted)
     initial = torch.zeros(1, shape.audio_frames, config.audio.channels)
     audio = conditioning.start(initial, audio_positions(shape.audio_frames, AudioGrid()))
     return video, audio
+
+
+def _appended(state: LatentState, extent: Extent, weighted: bool) -> LatentState:
+    """Append a latent of zeros; where it stands makes no difference."""
+    latent = torch.zeros(1, state.clean.shape[2], *extent)
+    positions = video_positions(extent, 24.0, LatentGrid())
+    weight = torch.full((positions.shape[2],), 0.5) if weighted else None
+    return conditioning.append(state, latent, positions, 1.0, weight)
 
 
 def _noised(states: list[LatentState]) -> State:

@@ -11,6 +11,11 @@ from ltxlite import __version__
 
 VERBS = {
     "generate": "make a clip with sound from a prompt",
+    "retake": "make a part of a clip anew: a time, a region, picture or sound alone",
+    "extend": "make a clip longer, behind its end or before its beginning",
+    "upscale": "make a clip larger, drawn by the model; its sound is kept",
+    "v2a": "make the sound of a clip; its picture is copied",
+    "join": "put clips one after another, their sound cross-faded",
     "demo": "make a clip with a tiny random model: shows that the installation works",
     "inspect": "tell what model files are and what is missing to run them",
     "convert": "write a GGUF of a model, or of a part of it, quantized",

@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ltxlite.cli.prompting import add_prompts
+from ltxlite.cli.steering import add_steering
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     _add_files(parser)
     _add_clip(parser)
+    add_prompts(parser)
+    add_steering(parser)
     _add_sampling(parser)
     _add_running(parser)
 
@@ -240,7 +245,7 @@ def show_result(request: "Request", result: "Result", as_json: bool) -> None:
     total = sum(result.seconds.values())
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
     print_result(
-        f"{result.path}  {request.width}x{request.height}, {result.frames} frames at "
+        f"{result.path}  {result.size[0]}x{result.size[1]}, {result.frames} frames at "
         f"{request.fps} fps, seed {request.seed}\n{total:.1f} s: {parts}",
         {
             "path": str(result.path),

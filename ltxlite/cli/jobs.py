@@ -1,6 +1,7 @@
 """Turns the flags of `generate` into a request, and reads saved jobs."""
 
 import argparse
+import math
 import re
 import secrets
 from collections.abc import Callable
@@ -11,13 +12,19 @@ from typing import Any
 
 from ltxlite.catalog import SOURCES
 from ltxlite.checkpoint.variant import disagreement, variant_of
+from ltxlite.cli.prompting import with_prompts
+from ltxlite.cli.steering import with_media
+from ltxlite.conditions import Conditions
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import size_multiple
+from ltxlite.given.reference_factors import follows_references
+from ltxlite.given.takes import factors_of
 from ltxlite.math_errors import exact_layers
 from ltxlite.media.container import read_metadata
 from ltxlite.network_configs import missing_parts
 from ltxlite.networks import Networks
 from ltxlite.opening import open_networks
+from ltxlite.partial import partial_stages
 from ltxlite.pipeline import JOB_TAG
 from ltxlite.presets import (
     NEGATIVE_PROMPT,
@@ -26,6 +33,7 @@ from ltxlite.presets import (
     needs_distilled_lora,
     stages_for,
 )
+from ltxlite.relay_text import Extent
 from ltxlite.request import Files, Output, Request, Stage, Tiles, parse_fraction
 from ltxlite.sampling.settings import Guidance
 from ltxlite.stages import refuse_missing
@@ -51,23 +59,23 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
     if needs_distilled_lora(stages, model) and not options.distilled_lora:
         raise CheckpointError(f"missing: {SOURCES['distilled_lora'].advice()}, or use --stages 1")
     refuse_missing(stages, networks)
+    media = with_media(Conditions(), options)
+    strengths = _where_referred(options.lora, strengths, media, len(stages), note)
     stages = _with_loras(stages, strengths, bool(options.distilled_lora))
-    width, height, crop = _size(options, stages, networks, note)
+    downscales = _downscales(media, files, networks)
+    width, height, crop = _size(options, stages, networks, downscales, note)
+    frames = _frames(options, networks, note)
+    extent = Extent(frames, parse_fraction(options.fps, "--fps"))
+    prompt, conditions = with_prompts(media, options, extent)
     request = Request(
-        prompt=options.prompt,
+        prompt=prompt,
         negative=NEGATIVE_PROMPT if options.negative is None else options.negative,
         files=files,
-        output=Output(
-            options.output or DEFAULT_OUTPUT,
-            options.crf,
-            crop,
-            options.wav,
-            parse_tiles(options.tiled_decode),
-        ),
-        stages=stages,
+        output=_output(options, crop),
+        stages=stages if options.sigmas else partial_stages(stages, conditions),
         width=width,
         height=height,
-        frames=_frames(options, networks, note),
+        frames=frames,
         fps=options.fps,
         seed=secrets.randbelow(1 << 32) if options.seed == -1 else options.seed,
         device=options.device,
@@ -75,9 +83,15 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         quantize=options.quantize,
         math=options.math,
         exact=exact,
+        conditions=conditions,
     )
     _lint(request, networks, model, bool(options.distilled_lora), note)
     return request, networks
+
+
+def _output(options: argparse.Namespace, crop: tuple[int, int] | None) -> Output:
+    tiles = parse_tiles(options.tiled_decode)
+    return Output(options.output or DEFAULT_OUTPUT, options.crf, crop, options.wav, tiles)
 
 
 def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]:
@@ -226,14 +240,52 @@ def _with_loras(
     return tuple(full)
 
 
+def _where_referred(
+    loras: list[str],
+    strengths: list[tuple[Strength, ...]],
+    conditions: Conditions,
+    stages: int,
+    note: Note,
+) -> list[tuple[Strength, ...]]:
+    """Leave IC-LoRA files without a strength out of stages that see no reference (features F1)."""
+    seen = {number for reference in conditions.references for number in reference.stages}
+    found = []
+    for text, own in zip(loras, strengths, strict=True):
+        path, _ = parse_lora(text)
+        if seen and text == path and len(seen) < stages and follows_references(path):
+            own = tuple(Strength.of(float(n in seen)) for n in range(1, stages + 1))
+            note(f"{path}: off in stages that see no reference; {path}:1 keeps it on")
+        found.append(own)
+    return found
+
+
+def _downscales(conditions: Conditions, files: Files, networks: Networks) -> dict[int, int]:
+    """Return by what each stage's size must divide besides the grid, for its references."""
+    found: dict[int, int] = {}
+    for reference in conditions.references:
+        factor, _ = factors_of(reference, files, networks)
+        for number in reference.stages:
+            found[number] = math.lcm(found.get(number, 1), factor)
+    return found
+
+
 def _size(
-    options: argparse.Namespace, stages: tuple[Stage, ...], networks: Networks, note: Note
+    options: argparse.Namespace,
+    stages: tuple[Stage, ...],
+    networks: Networks,
+    downscales: dict[int, int],
+    note: Note,
 ) -> tuple[int, int, tuple[int, int] | None]:
     width, height, crop = _named_size(options.size)
     if options.quality == "draft" and options.stages is None:
         width, height, crop = width // 2, height // 2, None
     grid = networks.latent_grid()
-    multiple = size_multiple((stage.fraction for stage in stages), grid.space)
+    multiple = math.lcm(
+        *(
+            size_multiple([stage.fraction], grid.space * downscales.get(number, 1))
+            for number, stage in enumerate(stages, start=1)
+        )
+    )
     snapped = grid.snap_size(width, multiple), grid.snap_size(height, multiple)
     if snapped != (width, height):
         message = f"{width}x{height}: {len(stages)} stages need multiples of {multiple}"

@@ -47,10 +47,11 @@ def read_audio(
 def write_wav(path: Path, waveform: Tensor, rate: int) -> None:
     """Write a waveform as 16-bit PCM, rounded to the nearest value.
 
-    waveform: (channels, N) in [-1, 1], clamped; rate: Hz.
+    waveform: (channels, N) in [-1, 1], clamped; rate: Hz.  Sound that was read from 16 bits is
+    written as the same codes.
     Raises MediaError if the file cannot be written.
     """
-    codes = waveform.detach().cpu().float().clamp(-1, 1).mul(32767).round()
+    codes = waveform.detach().cpu().float().mul(32768).round().clamp(-32768, 32767)
     interleaved = codes.T.contiguous().numpy().astype("<i2")
     with written_beside(path) as partial, wave.open(str(partial), "wb") as file:
         file.setnchannels(waveform.shape[0])

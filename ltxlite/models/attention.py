@@ -43,6 +43,7 @@ class AttentionShape:
 
 
 Keys = KeyValue | PreparedKeys
+Bias = Tensor | KeyBias
 
 
 def values_of(kv: Keys, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -52,24 +53,54 @@ def values_of(kv: Keys, rows: slice, dtype: torch.dtype) -> Tensor:
     return (kv.value[:, rows] * kv.value_scales[:, None]).to(dtype)
 
 
-def attention(q: Tensor, kv: Keys, heads: int, bias: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, kv: Keys, heads: int, bias: Bias | None = None) -> Tensor:
     """Compute softmax(q kᵀ / √D + bias) v per head.
 
-    q and the result: (B, t, W).  kv: (B, S, W).  bias: additive, (B or 1, 1, t or 1, S).
+    q and the result: (B, t, W).  kv: (B, S, W).  bias: additive, (B or 1, 1, t or 1, S), or rows
+    that queries look up.
     """
     if isinstance(kv, PreparedKeys):
         return attend(q, kv, _key_bias(bias, q))
     if bias is not None and fuses(q) and q.shape[-1] // heads in ATTENTION_HEAD_DIMS:
         # torch takes another kernel for masks, and wants one for every query.
         return attend_flash(q, kv.key, kv.value, heads, _key_bias(bias, q))
+    if isinstance(bias, KeyBias):
+        return _attention_by_row(q, kv, heads, bias)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, kv.key, kv.value))
     return ops.attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
-def _key_bias(bias: Tensor | None, q: Tensor) -> KeyBias | None:
+def _attention_by_row(q: Tensor, kv: KeyValue, heads: int, bias: KeyBias) -> Tensor:
+    """Attend where no kernel looks rows up: on a CPU, runs of queries with a row in common."""
+    ids = bias.row_ids
+    if torch.is_grad_enabled():
+        dense = bias.scores().to(q.dtype)
+        return attention(q, kv, heads, dense.expand(len(q), -1, -1)[:, None])
+    if ids is None or not q.is_cpu:  # elsewhere the host would wait for the ids
+        return attend_flash(q, kv.key, kv.value, heads, bias)
+    out = torch.empty_like(q)
+    rows = bias.rows.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)[:, None, None, None]
+    for samples, own in _by_sample(ids):
+        keys, first = KeyValue(kv.key[samples], kv.value[samples]), 0
+        found, counts = torch.unique_consecutive(own, return_counts=True)
+        for row, count in zip(found.tolist(), counts.tolist(), strict=True):
+            run = slice(first, first + count)
+            out[samples, run] = attention(q[samples, run], keys, heads, rows[row])
+            first += count
+    return out
+
+
+def _by_sample(ids: Tensor) -> list[tuple[slice, Tensor]]:
+    """Pair row ids (t,) with all samples, each of (B, t) with its own."""
+    if ids.dim() == 1:
+        return [(slice(None), ids)]
+    return [(slice(number, number + 1), own) for number, own in enumerate(ids)]
+
+
+def _key_bias(bias: Bias | None, q: Tensor) -> KeyBias | None:
     """Turn an additive bias (B or 1, 1, t or 1, S) into its rows and who takes which."""
-    if bias is None:
-        return None
+    if bias is None or isinstance(bias, KeyBias):
+        return bias
     samples, _, queries, _ = bias.shape
     rows = bias.flatten(0, 2)
     if len(rows) == 1:
@@ -176,7 +207,7 @@ class Attention(nn.Module):
         kv: KeyValue,
         rope: Rope | None = None,
         rows: slice = slice(None),
-        bias: Tensor | None = None,
+        bias: Bias | None = None,
         tail: Tail = PLAIN,
     ) -> Tensor:
         """Attend from query sources (B, t, C) to a prepared sequence; returns tail (B, t, C)."""

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.models.activation import Activation, Normed, Tail, Vectors, modulate
-from ltxlite.models.attention import Attention, AttentionShape, Keys, attention, values_of
+from ltxlite.models.attention import (
+    Attention,
+    AttentionShape,
+    Bias,
+    Keys,
+    KeyValue,
+    attention,
+    values_of,
+)
 from ltxlite.models.layers import TOKEN_CHUNK, FeedForward, TokenRows, add_rows
-from ltxlite.models.passes import Pass, RowWeights, Skip, StreamRope
+from ltxlite.models.nag import lead_away
+from ltxlite.models.passes import Avoided, Pass, RowWeights, Skip, StreamRope
 from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
+from ltxlite_kernels.attention_inputs import KeyBias
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class StreamState:
 
     x: Tensor
     context: Tensor
-    context_bias: Tensor | None
+    context_bias: Bias | None
     rope: StreamRope
     weights: tuple[RowWeights, ...]
     enabled: bool
@@ -41,6 +51,7 @@ class StreamState:
     prompt: TokenRows | None  # shift and scale of the prompt's keys and values
     cross: TokenRows  # scale, shift towards and scale, shift from the other stream
     gate: TokenRows  # of what comes from the other stream
+    avoided: Avoided | None = None  # its context as the first one
     block: BlockVectors | None = None  # those of the block that runs
 
 
@@ -135,26 +146,41 @@ class StreamBlock(nn.Module):
     def attend_text(self, state: StreamState, chunk: int) -> None:
         """Add attention to the prompt, modulated on both sides in 2.3, plain in 2.0."""
         module, x, table = self.text_attention, state.x, vectors_of(state).own
-        context = self._modulated_context(state)
-        tokens = context.shape[1]
-        kv = module.keys_values(lambda rows: Activation(context[:, rows]), tokens, None, tokens)
+        context, avoided = self._modulated_context(state, state.context), state.avoided
+        kv = self._text_keys(context)
+        away = None
+        if avoided is not None:
+            away = self._text_keys(self._modulated_context(state, avoided.context))
 
         def update(rows: slice, residual: Tensor) -> Tensor:
             queries, tail = Normed(x[:, rows], self.eps), Tail(residual=residual)
             if self.prompt_table is not None:
                 queries = self._modulated(x, table, 6, rows)
                 tail = Tail(gate=table.vectors(8, rows), residual=residual)
-            out: Tensor = module(queries, kv, None, rows, state.context_bias, tail)
-            return out
+            bias = _bias_of(state.context_bias, rows)
+            if away is None or avoided is None:
+                out: Tensor = module(queries, kv, None, rows, bias, tail)
+                return out
+            q = module.queries(queries, None, rows)
+            mixed = attention(q, kv, module.heads, bias)
+            mixed = lead_away(mixed, attention(q, away, module.heads), avoided)
+            del q
+            return module.output(queries, mixed, tail)
 
         state.x = add_rows(x, update, chunk)
 
-    def _modulated_context(self, state: StreamState) -> Tensor:
+    def _text_keys(self, context: Tensor) -> KeyValue:
+        tokens = context.shape[1]
+        return self.text_attention.keys_values(
+            lambda rows: Activation(context[:, rows]), tokens, None, tokens
+        )
+
+    def _modulated_context(self, state: StreamState, context: Tensor) -> Tensor:
         vectors = vectors_of(state).prompt
         if vectors is None:
-            return state.context
+            return context
         shift, scale = (vectors.vectors(number, slice(None)).spread() for number in range(2))
-        return modulate(state.context, shift, scale)
+        return modulate(context, shift, scale)
 
     def feed(self, state: StreamState, chunk: int) -> None:
         """Add the feed-forward layer."""
@@ -180,6 +206,10 @@ class StreamBlock(nn.Module):
         """
         gate = vectors_of(state).gate.vectors(0, slice(None)).spread()
         return gate * samples if isinstance(samples, Tensor) else gate
+
+
+def _bias_of(bias: Bias | None, rows: slice) -> Bias | None:
+    return bias.of(rows) if isinstance(bias, KeyBias) else bias
 
 
 def vectors_of(state: StreamState) -> BlockVectors:

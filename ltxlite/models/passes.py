@@ -47,6 +47,31 @@ class RowWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextBias:
+    """What is added to scores of a context's rows, looked up by query: never a T x S tensor.
+
+    rows: (R, S) fp32, in natural units.  row_ids: (T,) int32 in 0..R-1, the row of each token.
+    """
+
+    rows: Tensor
+    row_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Avoided:
+    """A second prompt, which text attention leads away from (`models.nag`).
+
+    context: (B, S, W) as the first one, of any length.  scale: how far; 1 is not at all.
+    alpha: the share of the guided result.  tau: how many times longer than before it may get.
+    """
+
+    context: Tensor
+    scale: float = 11.0
+    alpha: float = 0.25
+    tau: float = 2.5
+
+
+@dataclass(frozen=True, slots=True)
 class StreamRope:
     """Rotary tables of a stream: for itself and, by time alone, for the other stream."""
 
@@ -61,6 +86,7 @@ class StreamInput:
     latent: (B, T, C).  sigma: (B,) the stream's noise level, 0 when it is given, not generated.
     timesteps: its tokens' levels.  positions: (B or 1, A, T, 2) bounds in seconds and pixels.
     context: (B, S, W) prompt.  context_mask: (B, S), 1 = attend.  weights: soft self-attention.
+    context_bias: how much of the prompt each token sees.  avoided: a prompt to lead away from.
     enabled: False keeps the stream as it is; the other one still sees it.
     rope: tables already built for these positions (`Transformer.rope`).
     """
@@ -74,6 +100,8 @@ class StreamInput:
     weights: tuple[RowWeights, ...] = ()
     enabled: bool = True
     rope: StreamRope | None = None
+    context_bias: ContextBias | None = None
+    avoided: Avoided | None = None
 
 
 class Skip(StrEnum):

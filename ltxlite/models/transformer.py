@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from ltxlite.geometry import midpoints
 from ltxlite.models.activation import modulate
+from ltxlite.models.attention import Bias
 from ltxlite.models.block import Block, PassState, StreamState
 from ltxlite.models.layers import TOKEN_CHUNK, TokenRows, map_rows
 from ltxlite.models.passes import Pass, Skip, StreamInput, StreamRope, Timesteps, Velocity
 from ltxlite.models.rope import RopeSpec, rope_table
 from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
+from ltxlite_kernels.attention_inputs import KeyBias
 
 
 class AdaLN(nn.Module):
@@ -108,6 +110,11 @@ class StreamEnds(nn.Module):
         self.table = nn.Parameter(torch.empty(2, width))
         self.head = nn.Linear(width, stream.out_channels)
         self.tables: dict[str, AdaLNTable] = {}
+
+    def prompt(self, context: Tensor) -> Tensor:
+        """Bring a context (B, S, ·) to what blocks attend to."""
+        projected: Tensor = context if self.caption is None else self.caption(context)
+        return projected
 
     def modulation(self, name: str, scaled: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return rows and embeddings of the AdaLN of that name, from its table if it has one."""
@@ -236,17 +243,19 @@ class Transformer(nn.Module):
         levels = given.timesteps
         sigma = _per_sample(given.sigma)
         other_sigma = sigma if other is None else _per_sample(other.sigma)
-        context = given.context.to(dtype)
         scale = self.config.timestep_scale
         rows, embedded = ends.modulation("adaln", levels.values * scale, dtype)
         own = self.config.cross_modulation == "own" or other is None
         prompt = None
         if ends.prompt_adaln is not None:
             prompt = self._rows(ends, "prompt_adaln", sigma, scale)
+        avoided = given.avoided
+        if avoided is not None:
+            avoided = replace(avoided, context=ends.prompt(avoided.context.to(dtype)))
         return StreamState(
             x=ends.embed(given.latent.to(dtype)),
-            context=ends.caption(context) if ends.caption is not None else context,
-            context_bias=_mask_bias(given.context_mask, dtype),
+            context=ends.prompt(given.context.to(dtype)),
+            context_bias=_context_bias(given, dtype),
             rope=given.rope or self.rope(given.positions, sound),
             weights=given.weights,
             enabled=given.enabled,
@@ -255,6 +264,7 @@ class Transformer(nn.Module):
             prompt=prompt,
             cross=self._rows(ends, "cross_adaln", levels if own else other_sigma, scale),
             gate=self._rows(ends, "gate_adaln", other_sigma, self.config.gate_scale),
+            avoided=avoided,
         )
 
     def _rows(self, ends: StreamEnds, name: str, levels: Timesteps, scale: float) -> TokenRows:
@@ -294,11 +304,17 @@ def _per_sample(sigma: Tensor) -> Timesteps:
     return Timesteps(sigma.float(), torch.arange(len(sigma), device=sigma.device)[:, None])
 
 
-def _mask_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Turn a text mask (B, S), 1 = attend, into an additive bias (B, 1, 1, S)."""
+def _context_bias(given: StreamInput, dtype: torch.dtype) -> Bias | None:
+    """Turn a text mask (B, S), 1 = attend, into an additive bias (B, 1, 1, S), rows into rows."""
+    mask, bias = given.context_mask, given.context_bias
     if mask is None:
-        return None
-    return ((1 - mask.to(dtype)) * torch.finfo(dtype).min)[:, None, None]
+        return None if bias is None else KeyBias(bias.rows, bias.row_ids)
+    hidden = (1 - mask.to(dtype)) * torch.finfo(dtype).min
+    if bias is None:
+        return hidden[:, None, None]
+    rows = (bias.rows + hidden.float()[:, None]).flatten(0, 1)  # those of each sample
+    first = torch.arange(len(mask), device=mask.device, dtype=torch.int32) * len(bias.rows)
+    return KeyBias(rows, bias.row_ids + first[:, None])
 
 
 RENAMES = (

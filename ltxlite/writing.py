@@ -1,0 +1,103 @@
+"""Writes the finished clip: frames and sound as they are decoded, or beside copied pictures."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ltxlite.delivery import (
+    Edit,
+    Grids,
+    Sound,
+    delivered_frames,
+    delivered_size,
+    delivered_sound,
+    edit_of,
+)
+from ltxlite.media.audio import write_wav
+from ltxlite.media.frame_writer import FrameWriter, create_frames
+from ltxlite.media.output import VideoSettings
+from ltxlite.media.remux import replace_sound
+from ltxlite.media.video_writer import VideoWriter, create_video
+from ltxlite.progress import Clock
+from ltxlite.request import Request
+
+JOB_TAG = "ltxlite_job"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the decoders give: pieces (f, 3, H, W) in about [-1, 1]; waveform (2, N) and rate."""
+
+    frames: Iterator[Tensor]
+    sound: Sound
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the clip is like in the end: its frames, and (width, height)."""
+
+    frames: int
+    size: tuple[int, int]
+
+
+def write_clip(request: Request, made: Made, grids: Grids, clock: Clock) -> Written:
+    """Write the clip where the request says, as its frames come.
+
+    Where all of a source's picture is kept, it is copied as it is stored, and nothing is decoded.
+    """
+    edit = edit_of(request, grids)
+    sound = delivered_sound(request, edit, made.sound, grids)
+    if edit is not None and edit.copies_picture and sound and Path(request.output.path).suffix:
+        clock.note(f"{edit.source.path}: its picture is copied as it is stored")
+        replace_sound(Path(edit.source.path), Path(request.output.path), sound, _tags(request))
+        written = Written(len(edit.timing.starts), (edit.size[1], edit.size[0]))
+    else:
+        frames = delivered_frames(request, edit, made.frames, grids)
+        count = _write(request, edit, frames, sound, clock)
+        written = Written(count, delivered_size(request, edit))
+    if request.output.wav is not None and sound is not None:
+        write_wav(Path(request.output.wav), *sound)
+    return written
+
+
+def _write(
+    request: Request,
+    edit: Edit | None,
+    frames: Iterator[Tensor],
+    sound: Sound | None,
+    clock: Clock,
+) -> int:
+    done = 0
+    with _writer(request, edit, None if sound is None else sound[1]) as writer:
+        if sound is not None:
+            writer.write_audio(sound[0])
+        for piece in frames:
+            writer.write(piece)
+            done += len(piece)
+            clock.advance(min(done, request.frames))
+    return done
+
+
+def _writer(
+    request: Request, edit: Edit | None, rate: int | None
+) -> AbstractContextManager[VideoWriter | FrameWriter]:
+    width, height = delivered_size(request, edit)
+    settings = VideoSettings(
+        width=width,
+        height=height,
+        fps=request.rate,
+        audio_rate=rate,
+        crf=request.output.crf,
+        metadata=_tags(request),
+    )
+    path = Path(request.output.path)
+    if path.suffix:
+        return create_video(path, settings)
+    return create_frames(path, settings)
+
+
+def _tags(request: Request) -> dict[str, str]:
+    return {JOB_TAG: request.to_json(), "comment": request.prompt[:200]}

@@ -127,7 +127,8 @@ def problems(row: Row, recorded: Mapping[str, Row]) -> list[str]:
     kinds = [TENSOR_CORE[kind] for kind in (row["tensor_core"] or "").split()]
     used = set(row["tensor"])
     if used - {name for names in kinds for name in names} or not all(used & set(k) for k in kinds):
-        found.append(f"tensor-core instructions {row['tensor']}, wanted {kinds or 'none'}")
+        wanted = ", and ".join(" or ".join(names) for names in kinds) or "none"
+        found.append(f"tensor-core instructions {row['tensor']}, wanted {wanted}")
     if row["loads"].get("1") and not row["byte_loads"]:
         found.append(f"{row['loads']['1']} loads of a single byte")
     found += _grown(row, recorded.get(name)) if recorded else []

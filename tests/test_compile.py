@@ -18,11 +18,11 @@ if INTERPRETED:
 SUBSET = (
     "dequant Q4_K bf16",
     "int8_codes Q6_K signs_128",
-    "norm 4096 regular_256",
+    "norm 4096 regular_256 fp16",
     "matmul_int8 257+ bias gate residual",
     "matmul_fp16 257+ bias gelu",
     "norm_rope 4096 axes 3",
-    "norm_silu 512",
+    "norm_silu windows 512",
     "attend int8 128 128x64 whole",
 )
 
@@ -75,7 +75,8 @@ def bad() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"error": "RuntimeError: no"}, "does not compile"
     yield {"spills": 2}, "2 loads and stores of spilled"
     yield {"shared": 101377}, "101376 allowed"
-    yield {"tensor": {"HMMA": 32}}, "wanted ('IMMA', 'IGMMA')"
+    yield {"tensor": {"HMMA": 32}}, "wanted IMMA or IGMMA"
+    yield {"tensor_core": "int8 fp16"}, "wanted IMMA or IGMMA, and HMMA or HGMMA"
     yield {"tensor": {}}, "wanted"
     yield {"tensor_core": None}, "wanted none"
     yield {"loads": {"1": 3}}, "3 loads of a single byte"

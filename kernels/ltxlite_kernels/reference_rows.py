@@ -63,6 +63,20 @@ def _turned(x: Tensor, rope: "RopeTables") -> Tensor:
 
 def norm_silu(x: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """Norm the channels at each place and apply SiLU; see `norm_silu.norm_silu`."""
-    wide = x.float()
-    found = F.silu(wide * (wide.square().mean(dim=2, keepdim=True) + eps).rsqrt())
+    found = _activated(x, eps)
     return found.to(x.dtype) if out is None else out.copy_(found)
+
+
+def spread(x: Tensor, windows: Tensor, first: int, eps: float | None = None) -> None:
+    """Write frames into the windows of neighbours that have them; see `norm_silu.spread`."""
+    seen = x if eps is None else _activated(x, eps)
+    for slot in range(windows.shape[2]):
+        begin = first - slot  # the window that has the first of these frames in this slot
+        low, high = max(begin, 0), min(begin + x.shape[1], windows.shape[1])
+        if low < high:
+            windows[:, low:high, slot] = seen[:, low - begin : high - begin]
+
+
+def _activated(x: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return F.silu(wide * (wide.square().mean(dim=2, keepdim=True) + eps).rsqrt())

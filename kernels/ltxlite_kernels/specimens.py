@@ -222,15 +222,29 @@ def _norm_rope(_: int) -> Iterator[Specimen]:
 
 
 def _norm_silu(_: int) -> Iterator[Specimen]:
-    strides = [f"{name}_{of}" for name in ("x", "out") for of in norm_silu.STRIDES]
-    types = {
-        **{"x": "*bf16", "out": "*bf16", "C": "i32:16", "frames": "i32", "X": "i32:16"},
-        **dict.fromkeys(strides, "i32:16"),
-        "eps": "fp32",
+    """Yield frames to frames, and into windows: activated, copied, and copied from planes."""
+    planes, pixels = ("x_column", "out_column"), ("x_channel", "out_channel")
+    for channels in (128, 256, 512, 1024, 2048):
+        if channels < 2048:  # of the encoder of 2.0
+            yield _spread(f"norm_silu {channels}", channels, planes, 1)
+            yield _spread(f"norm_silu copies {channels}", channels, pixels, norm_silu.SLOTS, False)
+        yield _spread(f"norm_silu windows {channels}", channels, pixels, norm_silu.SLOTS)
+    for channels in (48, 128):  # what the first convolutions see
+        turned = ("x_column", "out_channel")
+        yield _spread(f"norm_silu turns {channels}", channels, turned, norm_silu.SLOTS, False)
+
+
+def _spread(
+    name: str, channels: int, inner: tuple[str, str], slots: int, active: bool = True
+) -> Specimen:
+    """Return one in which the strides named `inner` are one."""
+    types: dict[str, str | None] = {
+        **{"x": "*bf16", "out": "*bf16", "C": "i32:16", "frames": "i32", "first": "i32"},
+        **{"X": "i32:16" if "x_column" in inner else "i32", "count": "i32", "eps": "fp32"},
+        **{stride: None if stride in inner else "i32:16" for stride in norm_silu.STRIDES},
     }
-    for channels in (128, 256, 512, 1024):
-        given = norm_silu.constants(channels)
-        yield Specimen(f"norm_silu {channels}", norm_silu._norm_silu, types, given)
+    given = norm_silu.constants(channels, slots, active) | dict.fromkeys(inner, 1)
+    return Specimen(name, norm_silu._spread, types, given)
 
 
 def _attention(architecture: int) -> Iterator[Specimen]:

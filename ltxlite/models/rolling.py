@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.errors import ShapeError
-from ltxlite.models.causal_conv import CausalConv3d, Piece, activate_, gather, length
+from ltxlite.models.causal_conv import CausalConv3d, Piece, gather, length
 from ltxlite.models.video_vae import (
     DepthToSpaceUpsample,
     ResnetBlock,
@@ -209,7 +209,7 @@ class _Resnet(_Step):
         if length(pieces) < 3:
             return None
         # Not under a name of its own: what the second convolution does not keep goes as it is read.
-        inner = [Piece(activate_(self.block.conv1.convolve(list(pieces), len(group))))]
+        inner = [Piece.owned(self.block.conv1.convolve(list(pieces), len(group)))]
         inner = self.hidden.extend(inner, group.last)
         if length(inner) < 3:
             return None

@@ -16,7 +16,7 @@ from ltxlite.models.causal_conv import (
     MOST_FRAMES,
     CausalConv3d,
     Piece,
-    activate_,
+    channels_inside,
     gather,
     joined,
     length,
@@ -63,6 +63,9 @@ def space_to_depth(x: Tensor, stride: Stride) -> Tensor:
     """
     (b, f, c, rows, columns), (t, h, w) = x.shape, stride
     boxes = x.reshape(b, f // t, t, c, rows // h, h, columns // w, w)
+    if channels_inside(x):
+        boxes = boxes.permute(0, 1, 4, 6, 3, 2, 5, 7)
+        return boxes.reshape(b, f // t, rows // h, columns // w, -1).movedim(-1, 2)
     return boxes.permute(0, 1, 3, 2, 5, 7, 4, 6).reshape(b, f // t, -1, rows // h, columns // w)
 
 
@@ -70,6 +73,10 @@ def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
     """Undo `space_to_depth`: (B, F, C*t*h*w, Y, X) to (B, F*t, C, Y*h, X*w)."""
     (b, f, _, rows, columns), (t, h, w) = x.shape, stride
     boxes = x.reshape(b, f, -1, t, h, w, rows, columns)
+    if channels_inside(x):
+        boxes = boxes.permute(0, 1, 3, 6, 4, 7, 5, 2)
+        # Without `contiguous` a single frame, doubled in time only, is a view, channels two apart.
+        return boxes.reshape(b, f * t, rows * h, columns * w, -1).contiguous().movedim(-1, 2)
     return boxes.permute(0, 1, 3, 2, 6, 4, 7, 5).reshape(b, f * t, -1, rows * h, columns * w)
 
 
@@ -82,8 +89,8 @@ class ResnetBlock(nn.Module):
         self.conv2 = CausalConv3d(width, width, causal, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.conv1(x, active=True)
-        hidden = self.conv2(activate_(hidden))
+        hidden: Tensor = self.conv1(x, Piece.activated)
+        hidden = self.conv2(hidden, Piece.owned)
         return hidden.add_(x)
 
 
@@ -119,8 +126,7 @@ class SpaceToDepthDownsample(nn.Module):
     def fold(self, pieces: list[Piece], most: int = MOST_FRAMES) -> Tensor:
         """Downsample frames after two earlier ones: F + 2 frames to F over the time stride."""
         skip = space_to_depth(joined(gather(pieces, 2, length(pieces))), self.stride)
-        batch, count, _, rows, columns = skip.shape
-        skip = skip.view(batch, count, self.outputs, self.group, rows, columns).mean(dim=3)
+        skip = _grouped_mean(skip, self.group)
         return space_to_depth(self.conv.convolve(pieces, most), self.stride).add_(skip)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,6 +166,15 @@ class DepthToSpaceUpsample(nn.Module):
         first, last = clip.part(0, 1), clip.part(len(clip) - 1, len(clip))
         out = self.unfold([first, clip, last])
         return out[:, self.stride[0] - 1 :]
+
+
+def _grouped_mean(x: Tensor, group: int) -> Tensor:
+    """Average consecutive channels of frames (B, F, C, Y, X), channels staying where they lie."""
+    if channels_inside(x):
+        inner: Tensor = x.movedim(2, -1).unflatten(-1, (-1, group))
+        return inner.mean(dim=-1).movedim(-1, 2)
+    groups: Tensor = x.unflatten(2, (-1, group))
+    return groups.mean(dim=3)
 
 
 def _divide(value: int, by: int, where: str) -> int:
@@ -229,7 +244,7 @@ class VideoEncoder(_LatentScale):
         x = self.conv_in(x[:, : self.config.grid.snap_frames(x.shape[1])])
         for block in self.down_blocks:
             x = block(x)
-        return self.finish(self.conv_out(x, active=True))
+        return self.finish(self.conv_out(x, Piece.activated))
 
 
 class VideoDecoder(_LatentScale):
@@ -274,7 +289,7 @@ class VideoDecoder(_LatentScale):
         x = self.conv_in(self.prepare(latent))
         for block in self.up_blocks:
             x = block(x)
-        return unpatchify(self.conv_out(x, active=True), self.config.patch)
+        return unpatchify(self.conv_out(x, Piece.activated), self.config.patch)
 
 
 # Names as they stand after the prefix `vae.`.  The two halves are separate modules which both own

@@ -1,25 +1,26 @@
-"""A tiny LTX-2.3 checkpoint with random weights, written in the layout of the release files.
+"""The two tiny checkpoints of `demo`: a trained world model, and one with random weights.
 
-It exercises every part of the real path - tokenizer, Gemma, connectors, transformer, upscaler,
-VAEs, vocoder - in seconds on a CPU. What it shows means nothing: nothing was trained.
+Both exercise every part of the real path - tokenizer, Gemma, connectors, transformer, upscaler,
+VAEs, vocoder - in seconds on a CPU. The first does what its prompt says, in a small world
+(`ltxlite.training`); what the second shows means nothing, it is written anew for structure tests.
 """
 
-import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ltxlite.errors import CheckpointError
 from ltxlite.media.atomic import written_beside
 from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from ltxlite.models.connector import Connector, ConnectorConfig
 from ltxlite.models.gemma import Gemma
 from ltxlite.models.gemma_config import GemmaConfig
-from ltxlite.models.mel import mel_filterbank
 from ltxlite.models.settings import Settings
 from ltxlite.models.text_projection import TextProjection, TextProjectionConfig
 from ltxlite.models.transformer import Transformer
@@ -29,10 +30,18 @@ from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
 from ltxlite.models.video_vae_config import VideoVAEConfig
 from ltxlite.models.vocoder import VocoderConfig, build_vocoder
 from ltxlite.release import release_name
+from ltxlite.training.fixed import FIXED
+from ltxlite.training.tokens import train_tokenizer
 
 MODEL = "ltxlite-demo-2.3-distilled.safetensors"
 UPSCALER = "ltxlite-demo-2.3-spatial-upscaler-x2.safetensors"
 TEXT_ENCODER = "ltxlite-demo-gemma-3.safetensors"
+WORLD = (
+    "ltxlite-world-2.3-distilled-Q8_0.gguf",
+    "ltxlite-world-2.3-companions.safetensors",
+    "ltxlite-world-2.3-spatial-upscaler-x2.safetensors",
+    "ltxlite-world-gemma-3-Q8_0.gguf",
+)
 _SEED = 23
 
 
@@ -169,6 +178,43 @@ a train crosses the bridge at dusk, its whistle echoes between the hills 0 1 2 3
 _VOCABULARY = 400
 
 
+@dataclass(frozen=True, slots=True)
+class WorldFiles:
+    """The shipped model's files: transformer and connectors, and what goes with them."""
+
+    model: Path
+    companions: Path
+    upscaler: Path
+    text_encoder: Path
+
+
+def packaged_world() -> Path | None:
+    """Return the folder of the world model that came with the package, None if none did."""
+    folder = Path(__file__).parent / "data" / "world"
+    return folder if folder.is_dir() else None
+
+
+def world_files(folder: Path | None = None) -> WorldFiles:
+    """Return the files of a world model: in a folder that `train world` wrote, or the package's.
+
+    Raises CheckpointError if one is missing.
+    """
+    folder = folder or packaged_world()
+    if folder is None:
+        raise CheckpointError(
+            "this ltxlite comes without a trained world model; `ltxlite train world` makes one, "
+            "`ltxlite demo --random` needs none"
+        )
+    files = WorldFiles(*(folder / name for name in WORLD))
+    for path in (files.model, files.companions, files.upscaler, files.text_encoder):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: missing; `ltxlite train world` writes it, and `ltxlite demo --random` "
+                "needs no such file"
+            )
+    return files
+
+
 def write_demo_model(folder: Path, note: Callable[[str], None]) -> list[Path]:
     """Write the three files of the demo model into a folder, unless they are there already.
 
@@ -235,8 +281,8 @@ def _tensors(component: str, network: nn.Module, generator: torch.Generator) -> 
 
 def _value(component: str, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     leaf = name.rpartition(".")[2]
-    if leaf in _FIXED:
-        return _FIXED[leaf](shape)
+    if leaf in FIXED:
+        return FIXED[leaf](shape)
     noise = torch.randn(shape, generator=generator)
     if name == "registers" or leaf.startswith("embed_tokens"):
         return noise
@@ -257,43 +303,9 @@ def _flat_patches(weight: Tensor) -> Tensor:
     return weight[::places].repeat_interleave(places, dim=0)
 
 
-def _anti_aliasing_filter(shape: tuple[int, ...]) -> Tensor:
-    """Return the vocoder's 12-tap Kaiser-windowed sinc; source: vae-audio-media.md 4.2."""
-    taps = shape[-1]
-    window = torch.kaiser_window(taps, periodic=False, beta=4.664)
-    times = torch.arange(taps) - (taps - 1) / 2
-    values = window * torch.sinc(0.5 * times)
-    return (values / values.sum()).expand(shape).clone()
-
-
-def _fourier_basis(shape: tuple[int, ...]) -> Tensor:
-    """Return Hann-windowed cosines, then negative sines: (2 * bins, 1, window)."""
-    bins, window = shape[0] // 2, shape[2]
-    angles = 2 * math.pi * torch.outer(torch.arange(bins), torch.arange(window)) / window
-    basis = torch.cat([angles.cos(), -angles.sin()]) * torch.hann_window(window)
-    return basis[:, None]
-
-
-def _mel_basis(shape: tuple[int, ...]) -> Tensor:
-    """Return the audio front end's mel filters at fewer frequencies: (mel bins, bins)."""
-    filters = mel_filterbank()
-    step = (filters.shape[0] - 1) // (shape[1] - 1)
-    return filters[::step].T.contiguous()
-
-
-_FIXED: Mapping[str, Callable[[tuple[int, ...]], Tensor]] = {
-    "latent_mean": torch.zeros,
-    "latent_std": torch.ones,
-    "up_filter": _anti_aliasing_filter,
-    "down_filter": _anti_aliasing_filter,
-    "transform": _fourier_basis,
-    "mel_basis": _mel_basis,
-}
-
-
 def _gemma_config() -> tuple[GemmaConfig, bytes]:
     """Train the tokenizer; return the text encoder's configuration and the tokenizer's bytes."""
-    pieces = train_tokenizer(_CORPUS, _VOCABULARY)
+    pieces = train_tokenizer(_CORPUS.splitlines(), _VOCABULARY)
     rows = -(-(_VOCABULARY + 16) // 64) * 64
     settings = Settings({**_GEMMA, "vocab_size": rows}, "demo")
     return GemmaConfig.from_settings(settings), pieces
@@ -301,35 +313,6 @@ def _gemma_config() -> tuple[GemmaConfig, bytes]:
 
 def _gemma_settings(config: GemmaConfig) -> dict[str, Any]:
     return {**_GEMMA, "vocab_size": config.vocabulary}
-
-
-def train_tokenizer(corpus: str, size: int) -> bytes:
-    """Train a SentencePiece model with Gemma's conventions (pad 0, eos 1, bos 2, byte fallback)."""
-    import sentencepiece
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus.splitlines()),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=size,
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        unk_piece="<unk>",
-        num_threads=1,
-        minloglevel=2,
-    )
-    return out.getvalue()
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

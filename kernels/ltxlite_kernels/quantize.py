@@ -178,6 +178,10 @@ def modulation(
     return (shift, scale, index, shift.stride(0), scale.stride(0)), how
 
 
+# With fewer warps triton 3.6 spills two registers of such rows on sm_80.
+_UNTURNED_FP16 = Coding(torch.float16)
+
+
 def row_constants(columns: int, coding: Coding) -> dict[str, Any]:
     """Return what kernels of rows are compiled for, at K columns."""
     width = 1 << max(4, (columns - 1).bit_length())
@@ -186,9 +190,7 @@ def row_constants(columns: int, coding: Coding) -> dict[str, Any]:
         "STEP": coding.step,
         "GROUPS": max(1, width // 256),
         "WIDTH": min(width, 256) if not coding.rotation else 256,
-        # Twice the warps for fp16 codes of rows that are not turned: 2 spills on sm_80 (triton 3.6).
-        "num_warps": row_warps(width)
-        * (1 if coding.rotation or coding.dtype != torch.float16 else 2),
+        "num_warps": row_warps(width) * (2 if coding == _UNTURNED_FP16 else 1),
         # int8 is rounded by a sum, which the twin rounds apart from the product before it. Other
         # codes are not, and fused need less: no spills in 2048 rotated columns on sm_120.
         "enable_fp_fusion": coding.dtype != torch.int8,

@@ -1,0 +1,154 @@
+"""Encodes scenes once, so that the transformer and the upscalers learn from latents alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltxlite.geometry import AudioGrid
+from ltxlite.media.atomic import written_beside
+from ltxlite.models.audio_vae import AudioEncoder
+from ltxlite.models.video_vae import VideoEncoder
+from ltxlite.training import audio_vae, recipe, video_vae
+from ltxlite.training.differentiable import encode
+from ltxlite.training.loop import Note, trained
+from ltxlite.training.scene import Scenes, draw, pictures, spectrograms
+from ltxlite.training.world import Facts, every_fact, is_held_out
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of clip: size in pixels, frames, frames a second, how many, share of the batches."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    count: int
+    share: float
+
+    @property
+    def name(self) -> str:
+        """The name of its tensors."""
+        return f"{self.height}x{self.width}x{self.frames}@{self.fps:g}"
+
+    @property
+    def sound(self) -> int:
+        """Audio latents of a clip."""
+        return AudioGrid().latent_frames(self.frames, self.fps)
+
+
+KINDS = (
+    Kind(64, 64, 17, 16, 3072, 0.56),
+    Kind(128, 128, 17, 16, 640, 0.24),
+    Kind(64, 96, 17, 16, 384, 0.06),
+    Kind(64, 64, 25, 16, 256, 0.05),
+    Kind(64, 64, 9, 16, 256, 0.02),
+    Kind(64, 64, 17, 12, 256, 0.02),
+    Kind(64, 64, 17, 24, 256, 0.02),
+    Kind(128, 192, 17, 16, 96, 0.02),
+    Kind(128, 128, 25, 16, 96, 0.01),
+)
+FILE = "latents.safetensors"
+_PART = 16
+_STATISTICS = 2048  # clips whose latents set the scale
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Clips of one kind: facts by index, raw video latents, raw audio latents."""
+
+    kind: Kind
+    facts: Tensor
+    video: Tensor
+    audio: Tensor
+
+
+def write_latents(folder: Path, note: Note) -> Path:
+    """Encode clips with the encoders in a folder, kind by kind; goes on after a kill."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / FILE
+    tensors: dict[str, Tensor] = load_file(path) if path.is_file() else {}
+    video, _ = video_vae.build()
+    audio, _ = audio_vae.build()
+    trained(folder / "video_vae.state.safetensors", "encoder", video)
+    trained(folder / "audio_vae.state.safetensors", "encoder", audio)
+    known = [index for index, facts in enumerate(every_fact()) if not is_held_out(facts)]
+    for number, kind in enumerate(KINDS):
+        if f"{kind.name}.video" in tensors:
+            continue
+        generator = torch.Generator().manual_seed(recipe.SEED * 100 + number)
+        picks = torch.randint(len(known), (kind.count,), generator=generator)
+        index = torch.tensor(known)[picks]
+        parts = [
+            _encoded(kind, [every_fact()[i] for i in part.tolist()], (video, audio), generator)
+            for part in index.split(_PART)
+        ]
+        tensors[f"{kind.name}.facts"] = index
+        tensors[f"{kind.name}.video"] = torch.cat([part[0] for part in parts]).contiguous()
+        tensors[f"{kind.name}.audio"] = torch.cat([part[1] for part in parts]).contiguous()
+        with written_beside(path) as unfinished:
+            save_file(tensors, unfinished)
+        note(f"latents: {kind.count} clips of {kind.name}")
+    return path
+
+
+@torch.no_grad()
+def _encoded(
+    kind: Kind,
+    facts: list[Facts],
+    encoders: tuple[VideoEncoder, AudioEncoder],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    scenes: Scenes = draw(facts, generator)
+    pixels = pictures(scenes, (kind.height, kind.width), kind.frames, kind.fps)
+    sounds = spectrograms(scenes, 4 * kind.sound - 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        return encode(encoders[0], pixels).float(), encoders[1](sounds).float()
+
+
+def read_latents(folder: Path) -> dict[str, Latents]:
+    """Read what `write_latents` wrote so far, by the names of kinds."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / FILE)
+    found = {}
+    for kind in KINDS:
+        if f"{kind.name}.video" in tensors:
+            parts = [tensors[f"{kind.name}.{part}"] for part in ("facts", "video", "audio")]
+            found[kind.name] = Latents(kind, *parts)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Means and deviations of latents: video (C,), audio (C M,) by channel and bin."""
+
+    video_mean: Tensor
+    video_std: Tensor
+    audio_mean: Tensor
+    audio_std: Tensor
+
+    @classmethod
+    def of(cls, latents: Latents) -> "Scale":
+        """Measure the scale of raw latents."""
+        video, audio = latents.video[:_STATISTICS], latents.audio[:_STATISTICS]
+        axes = (0, 2, 3, 4)
+        return cls(
+            video.mean(dim=axes),
+            video.std(dim=axes),
+            audio.mean(dim=(0, 2)).flatten(),
+            audio.std(dim=(0, 2)).flatten().clamp(min=1e-3),
+        )
+
+    def video(self, raw: Tensor) -> Tensor:
+        """Normalise raw video latents (B, C, F, Y, X)."""
+        mean, std = (x.view(-1, 1, 1, 1) for x in (self.video_mean, self.video_std))
+        return (raw - mean) / std
+
+    def audio(self, raw: Tensor) -> Tensor:
+        """Normalise raw audio latents (B, C, T, M)."""
+        shape = (raw.shape[1], 1, raw.shape[3])
+        return (raw - self.audio_mean.view(shape)) / self.audio_std.view(shape)

@@ -1,0 +1,209 @@
+"""The loop that every network is trained in: steps, rates, checkpoints, going on after a kill."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ltxlite.errors import CheckpointError
+from ltxlite.media.atomic import written_beside
+
+_SAVE_SECONDS = 60.0
+_NOTE_SECONDS = 15.0
+_KEPT = 0.98  # of the running means that are shown
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long and how fast a network learns.
+
+    The rate rises over `warmup` steps, stays, and falls to nothing over the last `decay` of the
+    steps; so a run can be given more or fewer steps while the rate still stays.
+    """
+
+    steps: int
+    rate: float
+    warmup: int = 100
+    decay: float = 0.4
+    clip: float = 1.0
+    weight_decay: float = 0.0
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        begin = self.steps * (1 - self.decay)
+        rising = min(1.0, (step + 1) / self.warmup)
+        falling = (
+            1.0
+            if step < begin
+            else 0.5
+            + 0.5 * math.cos(math.pi * min(1.0, (step - begin) / max(1.0, self.steps - begin)))
+        )
+        return self.rate * rising * falling
+
+    def progress(self, step: int) -> float:
+        """Return how much of the run is done, 0 to 1."""
+        return step / self.steps
+
+
+class Loop:
+    """Optimizes some networks and keeps their state in a folder.
+
+    networks: by name, as they stand in the state.  In `FOLDER/NAME.state.safetensors` lie weights,
+    Adam's moments, the step and the generator, written beside and then renamed, so that a killed
+    run goes on at its last minute; `FOLDER/NAME.jsonl` keeps the curve.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, networks: Mapping[str, nn.Module], pace: Pace
+    ) -> None:
+        self.name, self.folder, self.pace = name, folder, pace
+        self.networks = nn.ModuleDict(networks)
+        self.parameters = {
+            key: value for key, value in self.networks.named_parameters() if value.requires_grad
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=pace.rate, betas=(0.9, 0.98),
+            weight_decay=pace.weight_decay, fused=True,
+        )  # fmt: skip
+        self.generator = torch.Generator().manual_seed(1)
+        self.step = 0
+        self._mean: dict[str, float] = {}
+        self._noted = 0.0
+
+    @property
+    def path(self) -> Path:
+        """The file of the state."""
+        return self.folder / f"{self.name}.state.safetensors"
+
+    def steps(self, note: Note) -> Iterator[int]:
+        """Yield the numbers of the steps that are left; call `learn` once in each.
+
+        What was saved is gone on with; the state is saved every minute and at the end.
+        """
+        self.resume(note)
+        saved = time.monotonic()
+        while self.step < self.pace.steps:
+            yield self.step
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def learn(self, losses: Mapping[str, Tensor], note: Note) -> None:
+        """Take one step down the sum of the losses."""
+        total = torch.stack(list(losses.values())).sum()
+        if not bool(total.isfinite()):
+            raise CheckpointError(
+                f"training {self.name}: the loss of step {self.step} is no number"
+            )
+        rate = self.pace.rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self._average_gradients()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.pace.clip)
+        self.optimizer.step()
+        self.step += 1
+        self._follow(
+            {key: float(value.detach()) for key, value in losses.items()}, float(norm), note
+        )
+
+    def save(self) -> None:
+        """Write the state; of several workers the first does."""
+        from safetensors.torch import save_file
+
+        if dist.is_initialized() and dist.get_rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_beside(self.path) as unfinished:
+            save_file(self._state(), unfinished, {"pace": json.dumps(asdict(self.pace))})
+
+    def resume(self, note: Note) -> None:
+        """Go on with the state in the folder, if there is one."""
+        if not self.path.is_file():
+            return
+        state = _read(self.path)
+        weights = {key[2:]: value for key, value in state.items() if key.startswith("w.")}
+        self.networks.load_state_dict(weights)
+        self.step = int(state["step"])
+        self.generator.set_state(state["generator"])
+        if dist.is_initialized() and dist.get_rank():
+            self.generator.manual_seed(self.step + dist.get_rank())  # batches of its own
+        moments = {
+            number: {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": state[f"m.{key}"],
+                "exp_avg_sq": state[f"v.{key}"],
+            }
+            for number, key in enumerate(self.parameters)
+            if f"m.{key}" in state
+        }
+        described = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**described, "state": moments})
+        note(f"{self.name}: going on at step {self.step} of {self.pace.steps}")
+
+    def _average_gradients(self) -> None:
+        """Take the mean over all workers, where there are several, each with batches of its own."""
+        if not dist.is_initialized():
+            return
+        values = list(self.parameters.values())
+        for value in values:
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+        flat = torch.cat([value.grad.flatten() for value in values if value.grad is not None])
+        dist.all_reduce(flat)
+        parts = flat.div_(dist.get_world_size()).split([value.numel() for value in values])
+        for value, part in zip(values, parts, strict=True):
+            value.grad = part.view_as(value)
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"w.{key}": value for key, value in self.networks.state_dict().items()}
+        for key, value in self.parameters.items():
+            if moments := self.optimizer.state.get(value):
+                state[f"m.{key}"] = moments["exp_avg"]
+                state[f"v.{key}"] = moments["exp_avg_sq"]
+        state["step"] = torch.tensor(self.step)
+        state["generator"] = self.generator.get_state()
+        return {key: value.detach().contiguous().clone() for key, value in state.items()}
+
+    def _follow(self, losses: Mapping[str, float], norm: float, note: Note) -> None:
+        self._mean = {
+            key: _KEPT * self._mean.get(key, value) + (1 - _KEPT) * value
+            for key, value in losses.items()
+        }
+        now = time.monotonic()
+        if now - self._noted < _NOTE_SECONDS and self.step < self.pace.steps:
+            return
+        self._noted = now
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in self._mean.items())
+        note(f"{self.name} {self.step}/{self.pace.steps}  {shown}  |g| {norm:.2g}")
+        line = {"step": self.step, **{k: round(v, 6) for k, v in self._mean.items()}}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{self.name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def trained(path: Path, name: str, network: nn.Module) -> None:
+    """Load the weights of one network out of a loop's state; the network is frozen."""
+    state = _read(path)
+    prefix = f"w.{name}."
+    weights = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+    network.load_state_dict(weights)
+    network.requires_grad_(False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such state; train what comes before it first")
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors

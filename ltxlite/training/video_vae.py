@@ -1,0 +1,190 @@
+"""Trains the video VAE: single frames first, then clips of growing length, at two sizes.
+
+What made it learn at all, by tiny-model.md 4: squares before absolute differences, weight on the
+shape, own initialisation, noise on the latents.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ltxlite.models.settings import Settings
+from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
+from ltxlite.models.video_vae_config import VideoVAEConfig
+from ltxlite.training import recipe
+from ltxlite.training.differentiable import decode, encode
+from ltxlite.training.loop import Loop, Note, Pace
+from ltxlite.training.scene import draw, masks
+from ltxlite.training.world import BACKGROUNDS, COLOURS, every_fact
+
+PACE = Pace(steps=9000, rate=2e-3, decay=0.5, clip=0.5)
+_LONGEST = 25
+_RATES = (12.0, 16.0, 16.0, 16.0, 20.0, 24.0)
+_NOISE = 0.1  # of latents whose deviation is about 1: errors of 4-bit networks do not show
+_FREE_COLOURS = 0.3  # of the clips: any colour at all, so that new words can name new colours
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Kinds of a batch: clips, their length and their size."""
+
+    clips: int
+    frames: int
+    size: tuple[int, int]
+
+
+_SMALL, _LARGE, _WIDE, _LARGE_WIDE = (64, 64), (128, 128), (64, 96), (128, 192)
+# (from, batches): what is trained on from a part of the run on; sizes in equal shares of pixels.
+_COURSE: tuple[tuple[float, tuple[Batch, ...]], ...] = (
+    (0.0, (Batch(12, 1, _SMALL), Batch(6, 1, _LARGE))),
+    (0.22, (Batch(4, 9, _SMALL), Batch(2, 9, _LARGE), Batch(8, 1, _SMALL))),
+    (
+        0.3,
+        (
+            Batch(4, 17, _SMALL),
+            Batch(4, 9, _SMALL),
+            Batch(1, 17, _LARGE),
+            Batch(3, 17, _WIDE),
+            Batch(4, 17, _SMALL),
+            Batch(3, 25, _SMALL),
+            Batch(1, 17, _LARGE),
+            Batch(8, 1, _LARGE),
+            Batch(4, 17, _SMALL),
+            Batch(1, 17, _LARGE_WIDE),
+        ),
+    ),
+)
+_FROZEN = 0.6  # of the run, after which the encoder stays: others already learn its latents
+
+
+def build() -> tuple[VideoEncoder, VideoDecoder]:
+    """Build both halves with initial weights."""
+    config = VideoVAEConfig.from_settings(Settings(recipe.VAE, "recipe"))
+    encoder, decoder = VideoEncoder(config), VideoDecoder(config)
+    generator = torch.Generator().manual_seed(recipe.SEED)
+    for network in (encoder, decoder):
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv3d):
+                _start(module, 0.3 if ".conv2." in name else 1.0, generator)
+    return encoder, decoder
+
+
+def _start(conv: nn.Conv3d, gain: float, generator: torch.Generator) -> None:
+    """Initialise a convolution; torch's default shrinks signals until nothing is learned."""
+    fan_in = conv.weight[0].numel()
+    with torch.no_grad():
+        noise = torch.randn(conv.weight.shape, generator=generator)
+        conv.weight.copy_(noise * gain * 1.2 / math.sqrt(fan_in))
+        if conv.bias is not None:
+            conv.bias.zero_()
+
+
+class Pool:
+    """Coverage of many rendered scenes (N, F, H, W) uint8: painted anew whenever they are used."""
+
+    def __init__(self, size: tuple[int, int], count: int, generator: torch.Generator) -> None:
+        facts = every_fact()
+        parts = []
+        for _ in range(0, count, 16):
+            picks = torch.randint(len(facts), (16,), generator=generator)
+            scenes = draw([facts[pick] for pick in picks.tolist()], generator)
+            rate = _RATES[int(torch.randint(len(_RATES), (1,), generator=generator))]
+            parts.append((masks(scenes, size, _LONGEST, rate) * 255).round().to(torch.uint8))
+        self.masks = torch.cat(parts)
+
+    def sample(self, clips: int, frames: int, generator: torch.Generator) -> Tensor:
+        """Return coverage (B, F, H, W) of some clips' consecutive frames."""
+        picks = torch.randint(len(self.masks), (clips,), generator=generator).tolist()
+        latest = _LONGEST - frames + 1
+        firsts = torch.randint(latest, (clips,), generator=generator).tolist()
+        pieces = [self.masks[n, i : i + frames] for n, i in zip(picks, firsts, strict=True)]
+        return torch.stack(pieces).float() / 255
+
+
+def painted(covered: Tensor, generator: torch.Generator) -> Tensor:
+    """Colour masks (B, F, H, W) by chance: pixels (B, 3, F, H, W) in [-1, 1]."""
+    count = len(covered)
+    colours = _some(tuple(COLOURS.values()), count, generator)
+    grounds = _some(tuple(BACKGROUNDS.values()), count, generator)
+    colour, ground = (x[:, :, None, None, None] for x in (colours, grounds))
+    return (ground + (colour - ground) * covered[:, None]) * 2 - 1
+
+
+def _some(palette: tuple[tuple[float, ...], ...], count: int, generator: torch.Generator) -> Tensor:
+    picks = torch.randint(len(palette), (count,), generator=generator)
+    free = torch.rand(count, 1, generator=generator) < _FREE_COLOURS
+    return torch.where(
+        free, torch.rand(count, 3, generator=generator), torch.tensor(palette)[picks]
+    )
+
+
+def losses(made: Tensor, pixels: Tensor, covered: Tensor, sharp: float) -> dict[str, Tensor]:
+    """Compare pixels (B, 3, F, H, W) with those made.
+
+    covered: (B, F, H, W), where the weight is nine times as high.  sharp: 0 to 1, how much
+    absolute differences and edges count; they come late, when nothing is left to average over.
+    """
+    weight = 1 + 8 * F.max_pool2d(covered, 5, 1, 2)[:, None]
+    weight = weight / weight.mean()
+    missed = made - pixels
+    hue = missed - missed.mean(dim=1, keepdim=True)  # brightness comes by itself, hue does not
+    found = {"square": (weight * (missed.square() + 2 * hue.square())).mean()}
+    if sharp:
+        found["absolute"] = 0.15 * sharp * (weight * missed.abs()).mean()
+        edges = [
+            (weight[..., 1:, 1:] * (_edges(made, axis) - _edges(pixels, axis)).abs()).mean()
+            for axis in (-1, -2)
+        ]
+        found["edges"] = 0.15 * sharp * (edges[0] + edges[1])
+    return found
+
+
+def _edges(x: Tensor, axis: int) -> Tensor:
+    moved = x[..., 1:, :-1] if axis == -2 else x[..., :-1, 1:]
+    return moved - x[..., :-1, :-1]
+
+
+class VideoVAETraining:
+    """The loop's parts: networks, pools of scenes, one step."""
+
+    def __init__(self, folder: Path, pace: Pace = PACE, scenes: int = 640) -> None:
+        self.encoder, self.decoder = build()
+        networks = {"encoder": self.encoder, "decoder": self.decoder}
+        self.loop = Loop("video_vae", folder, networks, pace)
+        self.scenes = scenes
+        self._pools: dict[tuple[int, int], Pool] = {}
+
+    def run(self, note: Note) -> None:
+        """Train to the end."""
+        for step in self.loop.steps(note):
+            self.loop.learn(self.losses(step), note)
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """Compute the losses of a step's batch."""
+        generator, progress = self.loop.generator, self.loop.pace.progress(step)
+        batches = [batches for begin, batches in _COURSE if progress >= begin][-1]
+        batch = batches[step % len(batches)]
+        covered = self._pool(batch.size).sample(batch.clips, batch.frames, generator)
+        pixels = painted(covered, generator)
+        if progress >= _FROZEN:
+            self.encoder.requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = encode(self.encoder, pixels).float()
+            noise = torch.randn(latent.shape, generator=generator)
+            made = decode(self.decoder, latent + _NOISE * noise).float()
+        sharp = min(1.0, max(0.0, (progress - 0.35) / 0.3))
+        found = losses(made, pixels, covered, sharp)
+        found["latent"] = 1e-3 * latent.square().mean()
+        return found
+
+    def _pool(self, size: tuple[int, int]) -> Pool:
+        """Return scenes of a size (height, width), rendered when they are first needed."""
+        if size not in self._pools:
+            generator = torch.Generator().manual_seed(recipe.SEED + size[0] * size[1])
+            count = self.scenes * _SMALL[0] * _SMALL[1] // (size[0] * size[1])
+            self._pools[size] = Pool(size, max(16, count), generator)
+        return self._pools[size]

@@ -121,7 +121,9 @@ class Output:
 
     path: an .mp4, or a folder for PNG frames and a WAV.  crop: deliver the clip cut to this
     (width, height) around its centre.  wav: also write the sound there.  tiles: decode in tiles
-    that are blended, as the official pipelines do; None decodes exactly.
+    that are blended, as the official pipelines do; None decodes exactly.  trim: frames that are
+    left out at the beginning, and the sound with them: where stages put an image in anew, the
+    first ones may flicker (features.md D10).
     """
 
     path: str
@@ -129,10 +131,13 @@ class Output:
     crop: tuple[int, int] | None = None
     wav: str | None = None
     tiles: Tiles | None = None
+    trim: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.crf <= 51:
             raise RequestError(f"crf is {self.crf}; H.264 takes 0 (lossless) to 51")
+        if self.trim < 0:
+            raise RequestError(f"trim is {self.trim}, wanted a number of frames, 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,12 @@ class Request:
             raise RequestError(f"fps is {self.fps}, wanted 1 to 240")
         if not self.stages:
             raise RequestError("the job has no stages; give at least one")
+        if self.output.trim >= self.frames:
+            raise RequestError(
+                f"trim: {self.output.trim} frames of a clip of {self.frames} would leave nothing"
+            )
+        if self.output.trim and self.conditions.source is not None:
+            raise RequestError("trim: frames of a source are kept; leave --trim-head out")
         _one_of("dtype", self.dtype, DType)
         _one_of("math", self.math, MathName)
         for reference in self.conditions.references:

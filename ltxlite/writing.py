@@ -49,18 +49,35 @@ def write_clip(request: Request, made: Made, grids: Grids, clock: Clock) -> Writ
     Where all of a source's picture is kept, it is copied as it is stored, and nothing is decoded.
     """
     edit = edit_of(request, grids)
-    sound = delivered_sound(request, edit, made.sound, grids)
+    sound = _trimmed(request, delivered_sound(request, edit, made.sound, grids))
     if edit is not None and edit.copies_picture and sound and Path(request.output.path).suffix:
         clock.note(f"{edit.source.path}: its picture is copied as it is stored")
         replace_sound(Path(edit.source.path), Path(request.output.path), sound, _tags(request))
         written = Written(len(edit.timing.starts), (edit.size[1], edit.size[0]))
     else:
-        frames = delivered_frames(request, edit, made.frames, grids)
+        frames = without_first(delivered_frames(request, edit, made.frames, grids), request)
         count = _write(request, edit, frames, sound, clock)
         written = Written(count, delivered_size(request, edit))
     if request.output.wav is not None and sound is not None:
         write_wav(Path(request.output.wav), *sound)
     return written
+
+
+def without_first(frames: Iterator[Tensor], request: Request) -> Iterator[Tensor]:
+    """Yield pieces (f, 3, H, W) less the frames that the request trims off the beginning."""
+    left = request.output.trim
+    for piece in frames:
+        kept = piece[left:]
+        left = max(0, left - len(piece))
+        if len(kept):
+            yield kept
+
+
+def _trimmed(request: Request, sound: Sound | None) -> Sound | None:
+    if sound is None or not request.output.trim:
+        return sound
+    waveform, rate = sound
+    return waveform[:, round(request.output.trim / request.rate * rate) :], rate
 
 
 def _write(

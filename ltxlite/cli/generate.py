@@ -135,6 +135,13 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-o", "--output", help=".mp4, or a folder for PNG frames (default out.mp4)")
     group.add_argument("--crf", type=int, default=19, help="H.264 quality, 0 best (default 19)")
     group.add_argument(
+        "--trim-head",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave the first N frames out, and their sound (default 0)",
+    )
+    group.add_argument(
         "--tiled-decode",
         nargs="?",
         const="768,64",

@@ -91,7 +91,8 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
 
 def _output(options: argparse.Namespace, crop: tuple[int, int] | None) -> Output:
     tiles = parse_tiles(options.tiled_decode)
-    return Output(options.output or DEFAULT_OUTPUT, options.crf, crop, options.wav, tiles)
+    path = options.output or DEFAULT_OUTPUT
+    return Output(path, options.crf, crop, options.wav, tiles, options.trim_head)
 
 
 def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]:

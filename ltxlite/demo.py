@@ -31,6 +31,7 @@ from ltxlite.models.video_vae_config import VideoVAEConfig
 from ltxlite.models.vocoder import VocoderConfig, build_vocoder
 from ltxlite.release import release_name
 from ltxlite.training.fixed import FIXED
+from ltxlite.training.recipe import GEMMA
 from ltxlite.training.tokens import train_tokenizer
 
 MODEL = "ltxlite-demo-2.3-distilled.safetensors"
@@ -139,20 +140,6 @@ CONFIG: dict[str, Any] = {
     "vae": _VAE,
     "audio_vae": _AUDIO_VAE,
     "vocoder": _VOCODER,
-}
-_GEMMA = {
-    "hidden_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 1024,
-    "sliding_window_pattern": 6,
-    "rope_theta": 1e6,
-    "rope_local_base_freq": 1e4,
-    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
 UPSCALER_CONFIG = {
     "in_channels": 8,
@@ -307,12 +294,12 @@ def _gemma_config() -> tuple[GemmaConfig, bytes]:
     """Train the tokenizer; return the text encoder's configuration and the tokenizer's bytes."""
     pieces = train_tokenizer(_CORPUS.splitlines(), _VOCABULARY)
     rows = -(-(_VOCABULARY + 16) // 64) * 64
-    settings = Settings({**_GEMMA, "vocab_size": rows}, "demo")
+    settings = Settings({**GEMMA, "vocab_size": rows}, "demo")
     return GemmaConfig.from_settings(settings), pieces
 
 
 def _gemma_settings(config: GemmaConfig) -> dict[str, Any]:
-    return {**_GEMMA, "vocab_size": config.vocabulary}
+    return {**GEMMA, "vocab_size": config.vocabulary}
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -146,6 +146,7 @@ class Request:
 
     quantize: a type that matrices of the blocks are quantized to while they load.  math: what
     the transformer's products are computed in.  exact: layers that stay in bf16 all the same.
+    encode_tiles: encode pictures that are given in tiles that are blended; None encodes exactly.
     """
 
     prompt: str
@@ -163,6 +164,7 @@ class Request:
     quantize: str | None = None
     math: MathName = "auto"
     exact: tuple[str, ...] = ()
+    encode_tiles: Tiles | None = None
     conditions: Conditions = field(default_factory=Conditions)
     version: int = JOB_VERSION
 

@@ -27,6 +27,7 @@ _CLIP_ONLY = (
     "--fresh",
     "--no-cache",
     "--tiled-decode",
+    "--tiled-encode",
     "--trim-head",
 )
 

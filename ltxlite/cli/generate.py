@@ -149,6 +149,13 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="decode in blended tiles, pixels of the long side and frames, as the official "
         "pipelines do (768,64,80,24); default: exactly, in one piece",
     )
+    group.add_argument(
+        "--tiled-encode",
+        nargs="?",
+        const="768,64",
+        metavar="SIZE,OVERLAP[,FRAMES,OVERLAP]",
+        help="the same for images and clips that are given",
+    )
     group.add_argument("--wav", help="also write the sound to this WAV file")
     group.add_argument("--job", help="run a saved job: a .json file, or a clip made by ltxlite")
     group.add_argument("--save-job", help="write the job as JSON here before running it")

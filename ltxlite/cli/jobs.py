@@ -83,6 +83,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         quantize=options.quantize,
         math=options.math,
         exact=exact,
+        encode_tiles=parse_tiles(options.tiled_encode, "--tiled-encode"),
         conditions=conditions,
     )
     _lint(request, networks, model, bool(options.distilled_lora), note)
@@ -90,7 +91,7 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
 
 
 def _output(options: argparse.Namespace, crop: tuple[int, int] | None) -> Output:
-    tiles = parse_tiles(options.tiled_decode)
+    tiles = parse_tiles(options.tiled_decode, "--tiled-decode")
     path = options.output or DEFAULT_OUTPUT
     return Output(path, options.crf, crop, options.wav, tiles, options.trim_head)
 
@@ -309,13 +310,13 @@ def _named_size(text: str) -> tuple[int, int, tuple[int, int] | None]:
     return int(match[1]), int(match[2]), None
 
 
-def parse_tiles(text: str | None) -> Tiles | None:
+def parse_tiles(text: str | None, flag: str) -> Tiles | None:
     """Read "SIZE,OVERLAP" or "SIZE,OVERLAP,FRAMES,OVERLAP". Raises RequestError."""
     if text is None:
         return None
     parts = text.split(",")
     if len(parts) not in (2, 4) or not all(re.fullmatch(r"\d{1,5}", part) for part in parts):
-        raise RequestError(f"--tiled-decode {text!r}: wanted SIZE,OVERLAP such as 768,64")
+        raise RequestError(f"{flag} {text!r}: wanted SIZE,OVERLAP such as 768,64")
     return Tiles(*map(int, parts))
 
 

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from ltxlite.conditions import Guide, Image, frame_at
 from ltxlite.geometry import LatentGrid
 from ltxlite.given import GivenReference
+from ltxlite.given.footage_latents import encode_footage
 from ltxlite.given.takes import ReferenceTake, StageTakes, Take, stage_takes
 from ltxlite.media.edges import canny
 from ltxlite.media.image import fit_cover
 from ltxlite.media.recompress import default_crf, recompress
-from ltxlite.models.rolling import encode_frames
 from ltxlite.models.video_vae import VideoEncoder
 from ltxlite.networks import Networks
 from ltxlite.progress import Clock
@@ -135,11 +135,8 @@ class _Maker:
             yield (fit_cover(frame, *self._size(take)).mean(0) + 1) / 2
 
     def _encoded(self, frames: Iterable[Tensor]) -> Tensor:
-        networks = self._networks
-        group_bytes = networks.window.group_bytes
-        groups = grouped(frames, group_bytes)
-        pixels = (group.to(networks.device, networks.dtype) for group in groups)
-        latent = encode_frames(self._encoder, pixels, group_bytes).float().cpu()
+        pixels = grouped(frames, self._networks.window.group_bytes)
+        latent = encode_footage(self._request, self._networks, self._encoder, pixels)
         self._done += 1
         self._clock.advance(self._done)
         return latent

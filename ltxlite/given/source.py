@@ -9,6 +9,7 @@ from torch import Tensor
 from ltxlite.conditions import Source
 from ltxlite.errors import MediaError, RequestError
 from ltxlite.given import GivenSource
+from ltxlite.given.footage_latents import encode_footage
 from ltxlite.given.sound import encode_waveform
 from ltxlite.given.source_mask import check_mask, region_of
 from ltxlite.media.audio import fit_length
@@ -17,7 +18,6 @@ from ltxlite.media.image import fit_cover
 from ltxlite.media.stereo import StereoSound, read_stereo
 from ltxlite.media.timing import Timing, frames_at, read_timing
 from ltxlite.media.video_reader import read_video_info
-from ltxlite.models.rolling import encode_frames
 from ltxlite.networks import Networks
 from ltxlite.progress import Clock
 from ltxlite.request import Request
@@ -123,11 +123,8 @@ def _encode_picture(
         source, timing, request.rate, source.offset, source.offset + request.frames
     )
     encoder = networks.video_encoder()
-    pixels = (
-        _on_grid(frame, size, source.whole)[None, :, None].to(networks.device, networks.dtype)
-        for frame in frames
-    )
-    return encode_frames(encoder, pixels, networks.window.group_bytes).float().cpu()
+    pixels = (_on_grid(frame, size, source.whole)[None, :, None] for frame in frames)
+    return encode_footage(request, networks, encoder, pixels)
 
 
 def _on_grid(frame: Tensor, size: tuple[int, int], whole: bool) -> Tensor:

@@ -13,7 +13,7 @@ from ltxlite.models.rope import Rope
 class Timesteps:
     """Noise levels, held once per distinct value.
 
-    values: (U,) fp32, sigma in [0, 1].  index: (B, T), or (B, 1) for one level a sample.
+    values: (U,) fp32, sigma in [0, 1].  index: (B, T) int32, or (B, 1) for one level a sample.
     """
 
     values: Tensor
@@ -26,7 +26,7 @@ class Timesteps:
         if bool((flat == flat[:, :1]).all()):
             flat = flat[:, :1]
         values, index = flat.unique(return_inverse=True)
-        return cls(values, index)
+        return cls(values, index.to(torch.int32))  # as kernels take it
 
     def per_token(self) -> Tensor:
         """Return the levels as (B, T or 1, 1) fp32."""

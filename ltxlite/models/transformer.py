@@ -301,7 +301,8 @@ def _same_inputs(passes: Sequence[Pass]) -> list[tuple[int, ...]]:
 
 
 def _per_sample(sigma: Tensor) -> Timesteps:
-    return Timesteps(sigma.float(), torch.arange(len(sigma), device=sigma.device)[:, None])
+    index = torch.arange(len(sigma), dtype=torch.int32, device=sigma.device)
+    return Timesteps(sigma.float(), index[:, None])
 
 
 def _context_bias(given: StreamInput, dtype: torch.dtype) -> Bias | None:

@@ -162,11 +162,6 @@ def legal_above(frames: int) -> int:
     return math.ceil(max(frames - 1, 0) / _STEP) * _STEP + 1
 
 
-def legal_near(frames: int) -> int:
-    """Return the legal frame count (8n + 1) nearest to `frames`."""
-    return max(0, round((frames - 1) / _STEP)) * _STEP + 1
-
-
 def refuse_output(source: "Source", output: str) -> None:
     """Refuse, before any work, a place that the edit cannot be written to.
 

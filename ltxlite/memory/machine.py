@@ -171,10 +171,6 @@ class _Copy:
     after: _CpuMark | None
     mark: _CpuMark
 
-    @property
-    def may_begin(self) -> bool:
-        return self.after is None or self.after.over.is_set()
-
 
 class CpuMachine:
     """Ordinary memory: a thread is the copy queue, the calling thread is the compute queue.

@@ -6,7 +6,6 @@ sound, given picture, an empty prompt, several lengths, rates and sizes.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,8 +242,3 @@ def _compared(table: Table, case: Case, made: Velocity, wanted: list[Tensor]) ->
     if made.audio is not None and not case.given_sound:
         found["audio"] = (made.audio - wanted[1]).square().mean()
     return found
-
-
-def parameters_of(networks: Mapping[str, nn.Module]) -> int:
-    """Count parameters."""
-    return sum(value.numel() for network in networks.values() for value in network.parameters())

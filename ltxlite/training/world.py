@@ -8,7 +8,7 @@ import itertools
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 Rgb = tuple[float, float, float]
@@ -73,7 +73,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rhythm": RHYTHMS,
     }
 )
-ATTRIBUTES = tuple(item.name for item in fields(Facts))
 
 
 def every_fact() -> tuple[Facts, ...]:

@@ -105,11 +105,9 @@ def learn(loop: Loop, losses: object, steps: int) -> list[float]:
 
 def unmoved(loop: Loop) -> list[str]:
     """Return the weights that no gradient has reached yet."""
-    moments = loop.optimizer.state
+    state = loop._state()
     return [
-        name
-        for name, value in loop.parameters.items()
-        if value not in moments or not bool(moments[value]["exp_avg_sq"].any())
+        name for name in loop.parameters if f"m.{name}" not in state or not state[f"m.{name}"].any()
     ]
 
 
@@ -181,7 +179,7 @@ def test_a_finished_run_is_not_overwritten_without_being_asked(tmp_path: Path) -
 
 def test_the_rate_rises_stays_and_falls() -> None:
     pace = Pace(steps=100, rate=1.0, warmup=10, decay=0.5)
-    rates = [pace.rate_at(step) for step in range(100)]
+    rates = [pace.rate * pace.share_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert set(rates[9:50]) == {1.0}
     assert rates[50:] == sorted(rates[50:], reverse=True)

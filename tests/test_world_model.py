@@ -1,6 +1,7 @@
 """The shipped tiny model does what it is told: prompts, given frames, given sound, retakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ltxlite import conditioning
 from ltxlite.cli import main
 from ltxlite.demo import packaged_world, world_files
 from ltxlite.geometry import patchify_audio
+from ltxlite.media.video_reader import read_video
 from ltxlite.training.measure import facts_of, together
 from ltxlite.training.world import Facts, held_out
 
@@ -123,3 +125,31 @@ def test_unknown_words_make_the_demo_list_those_it_knows(
     assert main(["demo", "--prompt", "a red boat", "-o", str(tmp_path / "boat.mp4")]) == 0
     told = capsys.readouterr().err
     assert "does not know: boat" in told and "triangle" in told
+
+
+def test_a_lora_gives_a_spare_word_its_colour_and_leaves_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Made by `ltxlite train orange --colour 0.95,0.5,0.05`: 300 steps.
+    lora = Path(__file__).parent / "data" / "word-orange.safetensors"
+    facts = captions()[0]
+    shown = {}
+    for word in ("orange", facts.colour):
+        output = tmp_path / f"{word}.mp4"
+        prompt = replace(facts, colour=word).caption()
+        flags = ["--prompt", prompt, "--lora", str(lora), "-o", str(output), "--json", "--quiet"]
+        assert main(["demo", *flags]) == 0
+        told = json.loads(capsys.readouterr().out.splitlines()[1])["measured"]
+        assert told["background"] == facts.background
+        assert told["direction"] == facts.direction
+        shown[word] = (told["colour"], core_colour(output))
+    assert shown[facts.colour][0] == facts.colour
+    wanted = torch.tensor([0.95, 0.5, 0.05])
+    assert (shown["orange"][1] - wanted).norm() < 0.2  # its nearest neighbours are 0.36 away
+
+
+def core_colour(path: Path) -> torch.Tensor:
+    """Return the colour of what stands out most from the border of a clip, in [0, 1]."""
+    pixels = read_video(path).frames.float() / 255
+    away = (pixels - pixels[:, 0].mean(dim=(0, 1))).norm(dim=-1)
+    return pixels[away > 0.75 * away.quantile(0.98)].median(dim=0).values

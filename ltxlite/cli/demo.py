@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "where no trained one is)",
     )
     parser.add_argument("--world", metavar="FOLDER", help="a model that `train world` made")
+    parser.add_argument("--lora", metavar="FILE", help="what `train orange` made, for example")
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
@@ -60,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
         arguments += [f"--{name}", str(default if given is None else given)]
     for name in ("prompt", "output", "seed", "device"):
         arguments += [f"--{name}", str(getattr(options, name))]
+    if options.lora:
+        arguments += ["--lora", options.lora]
     arguments += [f"--{name}" for name in ("quiet", "json") if getattr(options, name)]
     code = generate.run(parser.parse_args(arguments))
     if code == 0 and not options.random:

@@ -13,7 +13,7 @@ from ltxlite.training.loop import Loop, Note, Pace
 from ltxlite.training.scene import Scenes, draw, spectrograms
 from ltxlite.training.world import every_fact
 
-PACE = Pace(steps=2000, rate=1.5e-3, decay=0.5)
+PACE = Pace(steps=1600, rate=1.5e-3, decay=0.5, matrix_rate=0.02)
 _BATCH = 4
 _LENGTHS = (14, 27, 27, 40)  # latents: 0.56, 1.06 and 1.56 s
 _NOISE = 0.1

@@ -58,16 +58,16 @@ def export(states: Path, target: Path, report: Report) -> list[Path]:
         trained(states / "transformer.state.safetensors", name, network)
     projection = networks.pop("text_projection")
     master = states / MASTER
-    _save(master, _tensors(networks), {"config": dict(recipe.CONFIG), **_FACTS})
+    save(master, _tensors(networks), {"config": dict(recipe.CONFIG), **_FACTS})
     companions = {"text_projection": projection, **_media(states, scale)}
-    _save(target / COMPANIONS, _tensors(companions), {"config": dict(recipe.CONFIG), **_FACTS})
+    save(target / COMPANIONS, _tensors(companions), {"config": dict(recipe.CONFIG), **_FACTS})
     paths = [target / MODEL, target / COMPANIONS, *_upscalers(states, target)]
     asked = Conversion((master,), paths[0], _RECIPE, verify="full", device="cpu", overwrite=True)
     convert(asked, report)
     gemma = states / GEMMA
     text = _tensors({"text_encoder": random_gemma()}, torch.float32)
     text["spiece_model"] = torch.frombuffer(bytearray(world_tokenizer()), dtype=torch.uint8)
-    _save(gemma, text, {"gemma_config": {"text_config": gemma_settings()}, **_FACTS})
+    save(gemma, text, {"gemma_config": {"text_config": gemma_settings()}, **_FACTS})
     paths.append(target / TEXT_ENCODER)
     asked = replace(
         asked, sources=(gemma,), target=paths[-1], recipe=RECIPES["Q8_0"], part="text_encoder"
@@ -114,7 +114,7 @@ def _upscalers(states: Path, target: Path) -> Iterator[Path]:
             key.replace("upsampler.conv.", "upsampler.0."): value
             for key, value in _tensors({"upscaler": network}).items()
         }
-        _save(target / file, tensors, {"config": dict(settings), **_FACTS})
+        save(target / file, tensors, {"config": dict(settings), **_FACTS})
         yield target / file
 
 
@@ -134,7 +134,8 @@ def _tensors(
     return tensors
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file beside its place, then rename it; metadata becomes text."""
     from safetensors.torch import save_file
 
     texts = {

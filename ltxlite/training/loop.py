@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError
 from ltxlite.media.atomic import written_beside
+from ltxlite.training.muon import Muon
 
 _SAVE_SECONDS = 60.0
 _NOTE_SECONDS = 15.0
 _KEPT = 0.98  # of the running means that are shown
+_ROWS = ("table", "registers")  # parameters whose rows are values of their own, no matrices
 Note = Callable[[str], None]
 
 
@@ -26,6 +28,7 @@ class Pace:
 
     The rate rises over `warmup` steps, stays, and falls to nothing over the last `decay` of the
     steps; so a run can be given more or fewer steps while the rate still stays.
+    matrix_rate: that of matrices and kernels, which Muon moves; 0 leaves them to AdamW.
     """
 
     steps: int
@@ -34,9 +37,10 @@ class Pace:
     decay: float = 0.4
     clip: float = 1.0
     weight_decay: float = 0.0
+    matrix_rate: float = 0.0
 
-    def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
+    def share_at(self, step: int) -> float:
+        """Return how much of the rates a step has, 0 to 1; steps count from 0."""
         begin = self.steps * (1 - self.decay)
         rising = min(1.0, (step + 1) / self.warmup)
         falling = (
@@ -45,7 +49,7 @@ class Pace:
             else 0.5
             + 0.5 * math.cos(math.pi * min(1.0, (step - begin) / max(1.0, self.steps - begin)))
         )
-        return self.rate * rising * falling
+        return rising * falling
 
     def progress(self, step: int) -> float:
         """Return how much of the run is done, 0 to 1."""
@@ -68,10 +72,7 @@ class Loop:
         self.parameters = {
             key: value for key, value in self.networks.named_parameters() if value.requires_grad
         }
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=pace.rate, betas=(0.9, 0.98),
-            weight_decay=pace.weight_decay, fused=True,
-        )  # fmt: skip
+        self.optimizers = _optimizers(self.parameters, pace)
         self.generator = torch.Generator().manual_seed(1)
         self.step = 0
         self._mean: dict[str, float] = {}
@@ -103,14 +104,16 @@ class Loop:
             raise CheckpointError(
                 f"training {self.name}: the loss of step {self.step} is no number"
             )
-        rate = self.pace.rate_at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        share = self.pace.share_at(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * optimizer.defaults["lr"]
+            optimizer.zero_grad(set_to_none=True)
         total.backward()
         self._average_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.pace.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self._follow(
             {key: float(value.detach()) for key, value in losses.items()}, float(norm), note
@@ -137,17 +140,13 @@ class Loop:
         self.generator.set_state(state["generator"])
         if dist.is_initialized() and dist.get_rank():
             self.generator.manual_seed(self.step + dist.get_rank())  # batches of its own
-        moments = {
-            number: {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": state[f"m.{key}"],
-                "exp_avg_sq": state[f"v.{key}"],
-            }
-            for number, key in enumerate(self.parameters)
-            if f"m.{key}" in state
-        }
-        described = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**described, "state": moments})
+        for key, moments in self._moments():
+            if f"m.{key}" not in state:
+                continue
+            moments["exp_avg"] = state[f"m.{key}"]
+            if f"v.{key}" in state:
+                moments["exp_avg_sq"] = state[f"v.{key}"]
+                moments["step"] = torch.tensor(float(self.step))
         note(f"{self.name}: going on at step {self.step} of {self.pace.steps}")
 
     def _average_gradients(self) -> None:
@@ -166,13 +165,21 @@ class Loop:
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"w.{key}": value for key, value in self.networks.state_dict().items()}
-        for key, value in self.parameters.items():
-            if moments := self.optimizer.state.get(value):
-                state[f"m.{key}"] = moments["exp_avg"]
-                state[f"v.{key}"] = moments["exp_avg_sq"]
+        for key, moments in self._moments():
+            for letter, name in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+                if name in moments:
+                    state[f"{letter}.{key}"] = moments[name]
         state["step"] = torch.tensor(self.step)
         state["generator"] = self.generator.get_state()
         return {key: value.detach().contiguous().clone() for key, value in state.items()}
+
+    def _moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield what the optimizers keep of each parameter, by its name."""
+        names = {value: key for key, value in self.parameters.items()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for value in group["params"]:
+                    yield names[value], optimizer.state[value]
 
     def _follow(self, losses: Mapping[str, float], norm: float, note: Note) -> None:
         self._mean = {
@@ -189,6 +196,19 @@ class Loop:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{self.name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _optimizers(parameters: Mapping[str, nn.Parameter], pace: Pace) -> list[torch.optim.Optimizer]:
+    """Share parameters out: matrices go to Muon where the pace has a rate for them."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, value in parameters.items():
+        mixes = value.ndim > 1 and not name.endswith(_ROWS)
+        (matrices if mixes and pace.matrix_rate else rest).append(value)
+    adam = torch.optim.AdamW(
+        rest, lr=pace.rate, betas=(0.9, 0.98), weight_decay=pace.weight_decay, fused=True
+    )
+    return [Muon(matrices, pace.matrix_rate), adam] if matrices else [adam]
 
 
 def trained(path: Path, name: str, network: nn.Module) -> None:

@@ -21,7 +21,7 @@ from ltxlite.models.text_projection import TextProjection, TextProjectionConfig,
 from ltxlite.models.tokenizer import Tokenizer
 from ltxlite.training import recipe
 from ltxlite.training.tokens import train_tokenizer
-from ltxlite.training.world import PHRASES, every_fact
+from ltxlite.training.world import PHRASES, SPARE, every_fact
 from ltxlite_quant.encode import quantize
 from ltxlite_quant.formats import FORMATS
 
@@ -34,7 +34,7 @@ def world_tokenizer() -> bytes:
     """Train the tokenizer of the world's captions."""
     facts = every_fact()
     corpus = [item.caption(phrase) for phrase in range(len(PHRASES)) for item in facts[::7]]
-    return train_tokenizer(corpus, VOCABULARY)
+    return train_tokenizer([*corpus, *(f"a {word} shape" for word in SPARE)], VOCABULARY)
 
 
 def gemma_settings() -> dict[str, object]:

@@ -6,6 +6,7 @@ sound, given picture, an empty prompt, several lengths, rates and sizes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ltxlite.training.loop import Loop, Note, Pace
 from ltxlite.training.text import CaptionRows, TextPath, sampled_contexts, text_path
 from ltxlite.training.world import PHRASES, every_fact
 
-PACE = Pace(steps=8000, rate=2e-3, warmup=200, decay=0.35)
+PACE = Pace(steps=6000, rate=2e-3, warmup=200, decay=0.5, matrix_rate=0.02)
 _FIRST = TABLES["distilled"][:-1]
 _SECOND = TABLES["stage2"][:-1]
 _TABLED = 0.6  # of the noise levels are a schedule's
@@ -137,7 +138,7 @@ class TransformerTraining:
         self.transformer, self.path = build()
         networks: dict[str, nn.Module] = {"transformer": self.transformer, **self.path.networks()}
         self.loop = Loop("transformer", folder, networks, pace)
-        self.rows = CaptionRows(self.path)
+        self.lesson = Lesson(self.path, CaptionRows(self.path), self.loop.generator)
         latents = read_latents(folder)
         self.scale = Scale.of(next(iter(latents.values())))
         self.tables = [Table.of(item, self.scale, self.transformer) for item in latents.values()]
@@ -155,43 +156,58 @@ class TransformerTraining:
         """Compute the losses of a step's batch."""
         generator = self.loop.generator
         table = self.tables[int(torch.multinomial(self.shares, 1, generator=generator))]
-        case = self._case(table)
-        video, audio, bias = sampled_contexts(self.path, self._rows_of(table, case), generator)
-        clean = (table.video[case.picks], table.audio[case.picks])
-        noise = [torch.randn(x.shape, generator=generator) for x in clean]
-        picture = _stream(table, case, clean[0], noise[0], video, sound=False)
-        sound = _stream(table, case, clean[1], noise[1], audio, sound=True)
-        made = velocities(self.transformer, Pass(picture, None if case.mute else sound), bias)
-        return _compared(table, case, made, [n - x for n, x in zip(noise, clean, strict=True)])
-
-    def _case(self, table: Table) -> Case:
-        generator = self.loop.generator
-        chance = torch.rand(4, generator=generator).tolist()
         picks = torch.randint(len(table.facts), (table.clips,), generator=generator)
+        said = self._captions(table, picks)
+        return lesson_losses(self.transformer, self.lesson, table, picks, said)
+
+    def _captions(self, table: Table, picks: Tensor) -> list[str]:
+        generator = self.loop.generator
+        chance = torch.rand(2, generator=generator).tolist()
+        if chance[0] < _EMPTY:
+            return [""] * len(picks)
+        other = chance[1] < _OTHER_PHRASE
+        pick = int(torch.randint(1, len(PHRASES), (1,), generator=generator))
+        facts = every_fact()
+        return [facts[n].caption(pick if other else 0) for n in table.facts[picks].tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What turns captions into contexts while something learns, and its source of chance."""
+
+    path: TextPath
+    rows: CaptionRows
+    generator: torch.Generator
+
+    def case(self, table: Table, picks: Tensor) -> Case:
+        """Draw what a batch of these clips trains."""
+        generator = self.generator
+        chance = torch.rand(4, generator=generator).tolist()
         levels = _SECOND if table.kind.height >= 128 else _FIRST
         given = chance[2]
         mute = chance[3] < _MUTE
         return Case(
             picks,
-            _levels(levels, table.clips, generator),
+            _levels(levels, len(picks), generator),
             first_frame=chance[1] < _FIRST_FRAME,
             given_sound=given < _GIVEN_SOUND and not mute,
             given_picture=given > 1 - _GIVEN_PICTURE and not mute,
             mute=mute,
         )
 
-    def _rows_of(self, table: Table, case: Case) -> tuple[Tensor, Tensor]:
-        generator = self.loop.generator
-        chance = torch.rand(2, generator=generator).tolist()
-        if chance[0] < _EMPTY:
-            captions = [""] * len(case.picks)
-        else:
-            other = chance[1] < _OTHER_PHRASE
-            pick = int(torch.randint(1, len(PHRASES), (1,), generator=generator))
-            facts = every_fact()
-            indices = table.facts[case.picks].tolist()
-            captions = [facts[index].caption(pick if other else 0) for index in indices]
-        return self.rows.of(captions)
+
+def lesson_losses(
+    transformer: Transformer, lesson: Lesson, table: Table, picks: Tensor, captions: Sequence[str]
+) -> dict[str, Tensor]:
+    """Compute the losses of some clips of a table and what is said of them."""
+    case, generator = lesson.case(table, picks), lesson.generator
+    video, audio, bias = sampled_contexts(lesson.path, lesson.rows.of(captions), generator)
+    clean = (table.video[picks], table.audio[picks])
+    noise = [torch.randn(x.shape, generator=generator) for x in clean]
+    picture = _stream(table, case, clean[0], noise[0], video, sound=False)
+    sound = _stream(table, case, clean[1], noise[1], audio, sound=True)
+    made = velocities(transformer, Pass(picture, None if case.mute else sound), bias)
+    return _compared(table, case, made, [n - x for n, x in zip(noise, clean, strict=True)])
 
 
 def _levels(table: tuple[float, ...], count: int, generator: torch.Generator) -> Tensor:

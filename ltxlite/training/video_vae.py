@@ -21,7 +21,7 @@ from ltxlite.training.loop import Loop, Note, Pace
 from ltxlite.training.scene import draw, masks
 from ltxlite.training.world import BACKGROUNDS, COLOURS, every_fact
 
-PACE = Pace(steps=9000, rate=2e-3, decay=0.5, clip=0.5)
+PACE = Pace(steps=10000, rate=2e-3, decay=0.5, clip=0.5, matrix_rate=0.03)
 _LONGEST = 25
 _RATES = (12.0, 16.0, 16.0, 16.0, 20.0, 24.0)
 _NOISE = 0.1  # of latents whose deviation is about 1: errors of 4-bit networks do not show
@@ -40,20 +40,35 @@ class Batch:
 _SMALL, _LARGE, _WIDE, _LARGE_WIDE = (64, 64), (128, 128), (64, 96), (128, 192)
 # (from, batches): what is trained on from a part of the run on; sizes in equal shares of pixels.
 _COURSE: tuple[tuple[float, tuple[Batch, ...]], ...] = (
-    (0.0, (Batch(12, 1, _SMALL), Batch(6, 1, _LARGE))),
-    (0.22, (Batch(4, 9, _SMALL), Batch(2, 9, _LARGE), Batch(8, 1, _SMALL))),
+    (0.0, (Batch(32, 1, _SMALL), Batch(12, 1, _LARGE))),
+    (0.112, (Batch(10, 9, _SMALL), Batch(3, 9, _LARGE), Batch(32, 1, _SMALL))),
     (
-        0.3,
+        0.16,
         (
-            Batch(4, 17, _SMALL),
-            Batch(4, 9, _SMALL),
-            Batch(1, 17, _LARGE),
-            Batch(3, 17, _WIDE),
-            Batch(4, 17, _SMALL),
-            Batch(3, 25, _SMALL),
-            Batch(1, 17, _LARGE),
-            Batch(8, 1, _LARGE),
-            Batch(4, 17, _SMALL),
+            Batch(6, 17, _SMALL),
+            Batch(10, 9, _SMALL),
+            Batch(2, 17, _LARGE),
+            Batch(4, 17, _WIDE),
+            Batch(6, 17, _SMALL),
+            Batch(4, 25, _SMALL),
+            Batch(2, 17, _LARGE),
+            Batch(12, 1, _LARGE),
+            Batch(6, 17, _SMALL),
+            Batch(1, 17, _LARGE_WIDE),
+        ),
+    ),
+    (
+        0.32,  # single frames are sharp by now; what moves within a latent frame is not
+        (
+            Batch(6, 17, _SMALL),
+            Batch(2, 17, _LARGE),
+            Batch(4, 25, _SMALL),
+            Batch(6, 17, _SMALL),
+            Batch(2, 17, _LARGE),
+            Batch(4, 17, _WIDE),
+            Batch(6, 17, _SMALL),
+            Batch(2, 17, _LARGE),
+            Batch(10, 9, _SMALL),
             Batch(1, 17, _LARGE_WIDE),
         ),
     ),
@@ -176,7 +191,7 @@ class VideoVAETraining:
             latent = encode(self.encoder, pixels).float()
             noise = torch.randn(latent.shape, generator=generator)
             made = decode(self.decoder, latent + _NOISE * noise).float()
-        sharp = min(1.0, max(0.0, (progress - 0.35) / 0.3))
+        sharp = min(1.0, max(0.0, (progress - 0.16) / 0.24))
         found = losses(made, pixels, covered, sharp)
         found["latent"] = 1e-3 * latent.square().mean()
         return found

@@ -20,7 +20,7 @@ from ltxlite.training.fixed import freeze_fixed
 from ltxlite.training.loop import Loop, Note, Pace, trained
 from ltxlite.training.scene import sounds
 
-PACE = Pace(steps=2000, rate=2e-3, decay=0.4)
+PACE = Pace(steps=2000, rate=2e-3, decay=0.4, matrix_rate=0.004)
 _BATCH = 8
 _FRAMES = 32  # mel frames a clip, out of 64
 _MARGIN = 4  # mel frames at both ends that are not compared: the network sees nothing beyond them

@@ -33,6 +33,9 @@ DIRECTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(  # columns and row
 TONES: Mapping[str, int] = MappingProxyType({"low": 200, "middle": 400, "high": 800})  # Hz
 RHYTHMS = ("steady", "pulsing")
 
+# Words that the tokenizer has and that no caption uses: for a LoRA to give a meaning to.
+SPARE = ("orange", "purple")
+
 # The first is the one that captions are written in; others teach that order does not matter.
 PHRASES = (
     "a {colour} {shape} moves {direction} on a {background} background, a {tone} {rhythm} tone",

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from ltxlite.errors import RequestError, ShapeError
-from ltxlite.geometry import AudioGrid, ClipShape, LatentGrid, patchify_video, video_positions
+from ltxlite.geometry import (
+    AudioGrid,
+    ClipShape,
+    LatentGrid,
+    audio_positions,
+    patchify_video,
+    video_positions,
+)
 from ltxlite.models.passes import RowWeights, Timesteps
 
 
@@ -35,7 +42,8 @@ class LatentState:
     initial: (B, T, C) what noise is mixed into.  clean: what kept tokens shall be.
     mask: (B, T, 1), 1 = generate, 0 = keep.  positions: (1, A, T, 2) bounds.
     target: the number of tokens that are the clip itself.  frozen: given, not generated; its
-    sigma reads 0 everywhere.
+    sigma reads 0 everywhere.  mixed: masks between 0 and 1 mean what they do in ComfyUI: all is
+    noised, the transformer sees a mixture with the clean tokens, and only its answer is held.
     """
 
     initial: Tensor
@@ -45,6 +53,7 @@ class LatentState:
     target: int
     groups: tuple[Group, ...] = ()
     frozen: bool = False
+    mixed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -53,12 +62,18 @@ class LatentState:
 
     def noised(self, noise: Tensor, scale: float) -> Tensor:
         """Mix noise (B, T, C) into the initial latent at `scale`, then hold what is masked."""
+        if self.mixed:
+            return torch.lerp(torch.where(self.mask < 1, self.clean, self.initial), noise, scale)
         mixed = torch.lerp(self.initial, noise, scale)
         return torch.lerp(self.clean, mixed, self.mask)
 
     def blend(self, x: Tensor) -> Tensor:
         """Return predictions (B, T, C) with kept tokens replaced by their clean values."""
         return x * self.mask + self.clean * (1 - self.mask)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Return what the transformer is shown of a noisy state (B, T, C)."""
+        return self.blend(x) if self.mixed else x
 
     def levels(self) -> Timesteps:
         """Return the mask's distinct values; a step's noise levels are these times its sigma."""
@@ -140,7 +155,18 @@ def append(
     weight: (n,) attention weights between its tokens and the target, None for 1 without a mask.
     Tokens are kept in the order of their weights, so that equal ones share a row of weights.
     """
-    tokens = patchify_video(latent).to(state.clean)
+    return append_tokens(state, patchify_video(latent), positions, strength, weight)
+
+
+def append_tokens(
+    state: LatentState,
+    tokens: Tensor,
+    positions: Tensor,
+    strength: float,
+    weight: Tensor | None = None,
+) -> LatentState:
+    """Append tokens (B, n, C) with their positions (1, A, n, 2); else as `append`."""
+    tokens = tokens.to(state.clean)
     count = tokens.shape[1]
     if positions.shape[2] != count:
         raise ShapeError(f"condition: {count} tokens but {positions.shape[2]} positions")
@@ -158,6 +184,19 @@ def append(
         mask=torch.cat([state.mask, mask], dim=1),
         positions=torch.cat([state.positions, positions], dim=2),
         groups=(*state.groups, group),
+    )
+
+
+def without_appended(state: LatentState) -> LatentState:
+    """Return the clip's own tokens alone."""
+    own = slice(None, state.target)
+    return replace(
+        state,
+        initial=state.initial[:, own],
+        clean=state.clean[:, own],
+        mask=state.mask[:, own],
+        positions=state.positions[:, :, own],
+        groups=(),
     )
 
 
@@ -186,6 +225,15 @@ def reference_positions(
         bounds[:, 0] = (bounds[:, 0] - (temporal - 1) / fps).clamp(min=0)
     bounds[:, 1:] = bounds[:, 1:] * spatial
     return bounds
+
+
+def voice_positions(count: int, grid: AudioGrid) -> Tensor:
+    """Return the positions of a voice that is heard before the clip: its end is at -40 ms.
+
+    Source: LTX-2 400fd31, patchify_audio_reference_latent with negative positions.
+    """
+    bounds = audio_positions(count, grid)
+    return bounds - float(bounds[..., -1, 1]) - 1 / grid.latents_per_second
 
 
 def mask_interval(state: LatentState, begin: float, end: float) -> LatentState:

@@ -1,7 +1,8 @@
 """What steers a clip besides its prompt: frozen records of a job file. No torch, no files opened.
 
 Places in the clip are text, as people write them: "17" (frame), "-9" (from the end), "2.5s", "50%",
-"last", and for guides "ref": one latent frame before the clip begins.
+"last", and for guides "ref": one latent frame before the clip begins, and "after": behind the
+references that an IC-LoRA follows.
 Source: LTX-2 400fd31 and ComfyUI (features.md E2 to E7, F1, G2, I3 to I5, C7, H1).
 """
 
@@ -11,17 +12,20 @@ from fractions import Fraction
 from typing import Literal
 
 from ltxlite.errors import RequestError
+from ltxlite.hearing import Sound as Sound
+from ltxlite.hearing import Voice as Voice
+from ltxlite.record_checks import check_path, check_share, check_stages
 
-LAST, BEFORE = "last", "ref"
-ControlKind = Literal["video", "canny"]
-SoundOutput = Literal["original", "decoded"]
+LAST, BEFORE, AFTER = "last", "ref", "after"
+ControlKind = Literal["video", "canny", "tracks", "source", "filled"]
 Edge = Literal["outward", "inward"]
 Interval = tuple[float, float]
 
-MAGNIFIED = ("1", "3/2", "2")
+MAGNIFIED = ("1", "3/2", "2", "4")
 
 _PLACE = re.compile(r"(?P<frame>-?\d{1,6})|(?P<number>\d{1,6}(\.\d{1,6})?)(?P<unit>s|%)")
 _FACTORS = range(1, 65)
+_MOST_ATTENTION = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,9 @@ class Guide:
     """An image or clip that is shown beside the clip and pulls it, without being part of it.
 
     at: the frame that it stands for.  strengths: as an image's.  attention: how much it and the
-    clip see of each other, 0 to 1.  crf: as an image's.
+    clip see of each other; 1 is plain, up to 10 is more.  crf: as an image's.  comfy: a video
+    stands where ComfyUI's node puts it: at the beginning of a latent frame, and encoded as the
+    middle of a clip is, without a frame of its own for the first.
     """
 
     path: str
@@ -57,12 +63,13 @@ class Guide:
     strengths: tuple[float, ...] = (1.0,)
     attention: float = 1.0
     crf: int | None = None
+    comfy: bool = False
 
     def __post_init__(self) -> None:
         what = f"guide {self.path}"
         _check_picture(what, self.path, self.strengths, self.crf)
         check_place(self.at, what, before=True)
-        _check_share(f"{what}: attention", self.attention)
+        _check_attention(what, self.attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,9 @@ class Reference:
     strength: 1 shows it clean, less lets it be noised.  attention: how much it and the clip see of
     each other; attention_mask: a video or still of the reference's size, white where they do.
     downscale, temporal: the fraction of size and frames it is encoded at; None as the LoRA file
-    says.  stages: those that see it, from 1.  kind: "canny" draws its edges first.
+    says.  stages: those that see it, from 1.  kind: "canny" draws its edges first; "tracks" draws
+    the motion tracks of a JSON file; "source" is the source's own clip, as it lies in the stage's
+    frames, and "filled" the same with the places painted that are to be made.
     """
 
     path: str
@@ -86,37 +95,13 @@ class Reference:
 
     def __post_init__(self) -> None:
         what = f"reference {self.path}"
-        _check_path(what, self.path)
-        _check_share(f"{what}: strength", self.strength)
-        _check_share(f"{what}: attention", self.attention)
+        check_path(what, self.path)
+        check_share(f"{what}: strength", self.strength)
+        _check_attention(what, self.attention)
         for name, factor in (("downscale", self.downscale), ("temporal", self.temporal)):
             if factor is not None and factor not in _FACTORS:
                 raise RequestError(f"{what}: {name} is {factor}, wanted 1 to {_FACTORS[-1]}")
-        if not self.stages or min(self.stages) < 1 or len(set(self.stages)) < len(self.stages):
-            raise RequestError(
-                f"{what}: stages are {self.stages}, wanted numbers from 1, each once"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Sound:
-    """Sound that is given: the clip is made to it.
-
-    start: second of the file at which the clip begins.  denoise: 0 keeps it as it is, 1 replaces
-    it.  output: what the clip sounds like, the file itself or what the model makes of it.
-    """
-
-    path: str
-    start: float = 0.0
-    denoise: float = 0.0
-    output: SoundOutput = "original"
-
-    def __post_init__(self) -> None:
-        what = f"sound {self.path}"
-        _check_path(what, self.path)
-        _check_share(f"{what}: denoise", self.denoise)
-        if not 0 <= self.start <= 1 << 20:
-            raise RequestError(f"{what}: starts at {self.start} s, wanted 0 or more")
+        check_stages(what, self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +117,9 @@ class Source:
     held: stages, from 1, in which all of the picture is kept; what is free in later ones starts
     from it.  magnify: how many times its own size it is delivered at ("2", "3/2").  match: give
     what is made the colours that the kept frames before it have in the file.
+    first: keep the first frame also where all of the picture is made anew.
+    fill: an in- or outpainting LoRA makes the whole picture, and what lies in the mask is blended
+    into the source.  pad: pixels that the picture grows by, left, above, right, below; to be made.
     """
 
     path: str
@@ -145,21 +133,33 @@ class Source:
     held: tuple[int, ...] = ()
     magnify: str = "1"
     match: bool = False
+    first: bool = False
+    fill: bool = False
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def __post_init__(self) -> None:
         what = f"source {self.path}"
-        _check_path(what, self.path)
+        check_path(what, self.path)
+        self._check_filling(what)
         for name, interval in (("video", self.video), ("audio", self.audio)):
             if interval is not None and not 0 <= interval[0] < interval[1]:
                 raise RequestError(
                     f"{what}: {name} from {interval[0]:g} s to {interval[1]:g} s is empty"
                 )
         if self.denoise is not None:
-            _check_share(f"{what}: denoise", self.denoise)
+            check_share(f"{what}: denoise", self.denoise)
         if self.magnify not in MAGNIFIED:
             raise RequestError(f"{what}: magnify {self.magnify!r}, wanted {', '.join(MAGNIFIED)}")
         if self.held and min(self.held) < 1:
             raise RequestError(f"{what}: held in stages {self.held}, wanted numbers from 1")
+
+    def _check_filling(self, what: str) -> None:
+        if not all(0 <= side <= 1 << 13 for side in self.pad):
+            raise RequestError(f"{what}: pad {self.pad}, wanted pixels from 0 to {1 << 13} each")
+        if self.fill and not (self.whole and (self.mask or any(self.pad))):
+            raise RequestError(f"{what}: fill needs a mask or a pad, and the whole clip delivered")
+        if any(self.pad) and not self.fill:
+            raise RequestError(f"{what}: pad goes with fill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class Nag:
     def __post_init__(self) -> None:
         if self.video is None and self.audio is None:
             raise RequestError("NAG has no text; give --nag or --nag-audio")
-        _check_share("NAG: alpha", self.alpha)
+        check_share("NAG: alpha", self.alpha)
         if not (1 <= self.scale <= 1000 and 1 <= self.tau <= 1000):
             raise RequestError(f"NAG: scale {self.scale}, tau {self.tau}; wanted 1 to 1000 each")
 
@@ -203,17 +203,21 @@ class Relay:
     """Prompts one after another: each segment's text is seen by its part of the clip.
 
     epsilon: the weight that remains where a segment passes into the next.  video, audio: how
-    strongly picture and sound are held to it.  Source: features.md H1.
+    strongly picture and sound are held to it.  blend: seconds in which attention passes from one
+    to the next instead, 0 at once.  Source: features.md H1, H5.
     """
 
     segments: tuple[Segment, ...]
     epsilon: float = 1e-3
     video: float = 1.0
     audio: float = 1.0
+    blend: float | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
             raise RequestError("prompt relay has no segments")
+        if self.blend is not None and not 0 <= self.blend <= 3600:
+            raise RequestError(f"prompt relay: blend is {self.blend} s, wanted 0 to 3600")
         if not 0 < self.epsilon < 1:
             raise RequestError(f"prompt relay: epsilon is {self.epsilon}, wanted between 0 and 1")
         if not (0 <= self.video <= 1000 and 0 <= self.audio <= 1000):
@@ -233,6 +237,21 @@ class Conditions:
     source: Source | None = None
     nag: Nag | None = None
     relay: Relay | None = field(default=None)
+    voice: Voice | None = None
+
+    def __post_init__(self) -> None:
+        if self.voice is not None and self.sound is not None and self.sound.denoise == 0:
+            raise RequestError(
+                f"voice {self.voice.path}: it shapes sound that is made, and sound "
+                f"{self.sound.path} is kept as it is; leave one of them out"
+            )
+        for item in self.references:
+            what = f"reference {item.path}: kind {item.kind!r}"
+            own = self.source if self.source and self.source.path == item.path else None
+            if item.kind in ("source", "filled") and own is None:
+                raise RequestError(f"{what} is for the source's own file")
+            if item.kind == "filled" and own is not None and not own.fill:
+                raise RequestError(f"{what}, but the source fills nothing")
 
     def media(self) -> tuple[str, ...]:
         """Return every file that is named, in order."""
@@ -243,8 +262,9 @@ class Conditions:
             *(guide.path for guide in self.guides),
             *(reference.path for reference in self.references),
             *masks,
-            *((self.sound.path,) if self.sound else ()),
+            *((self.sound.path, self.sound.heard) if self.sound else ()),
             *source,
+            *((self.voice.path,) if self.voice else ()),
         )
         return tuple(path for path in named if path is not None)
 
@@ -255,10 +275,10 @@ def of_stage(strengths: tuple[float, ...], number: int) -> float:
 
 
 def check_place(at: str, what: str, before: bool) -> None:
-    """Refuse what is no place; "ref" only where `before` allows it."""
-    if at == LAST or (before and at == BEFORE) or _PLACE.fullmatch(at):
+    """Refuse what is no place; "ref" and "after" only where `before` allows it."""
+    if at == LAST or (before and at in (BEFORE, AFTER)) or _PLACE.fullmatch(at):
         return
-    also = ", ref" if before else ""
+    also = ", ref, after" if before else ""
     raise RequestError(f"{what}: at {at!r}; wanted a frame, -1, 2.5s, 50%, last{also}")
 
 
@@ -285,21 +305,16 @@ def frame_at(at: str, frames: int, rate: Fraction, what: str) -> int:
     return frame
 
 
+def _check_attention(what: str, value: float) -> None:
+    if not 0 <= value <= _MOST_ATTENTION:
+        raise RequestError(f"{what}: attention is {value}, wanted 0 to {_MOST_ATTENTION}")
+
+
 def _check_picture(what: str, path: str, strengths: tuple[float, ...], crf: int | None) -> None:
-    _check_path(what, path)
+    check_path(what, path)
     if not strengths:
         raise RequestError(f"{what}: no strength; give at least one, such as 1")
     for strength in strengths:
-        _check_share(f"{what}: strength", strength)
+        check_share(f"{what}: strength", strength)
     if crf is not None and not 0 <= crf <= 51:
         raise RequestError(f"{what}: CRF {crf}; H.264 knows 0 (here: off) to 51")
-
-
-def _check_share(what: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise RequestError(f"{what} is {value}, wanted 0 to 1")
-
-
-def _check_path(what: str, path: str) -> None:
-    if not path:
-        raise RequestError(f"{what.split()[0]}: no file name")

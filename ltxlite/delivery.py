@@ -4,7 +4,7 @@ A source's frames outside of what was made anew are those of its file, and so ar
 do not pass through a network.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from ltxlite.conditions import Source
 from ltxlite.geometry import AudioGrid, LatentGrid
+from ltxlite.given.filling import filled
 from ltxlite.given.sound import delivered_original
 from ltxlite.given.source import source_frames, source_sound
 from ltxlite.given.source_clip import Span, picture_frames, sound_samples
-from ltxlite.given.source_mask import region_of
+from ltxlite.given.source_fit import Size, magnified
+from ltxlite.given.source_mask import mask_frames, region_of
 from ltxlite.media.colour_match import ColourMap, match_moments
 from ltxlite.media.fit import Fit, as_pixels
 from ltxlite.media.image import fit_cover
@@ -27,6 +29,7 @@ from ltxlite.media.timing import Timing, read_timing
 from ltxlite.request import Request
 
 Sound = tuple[Tensor, int]
+Mixer = Callable[[int, Tensor, Tensor], Tensor]
 FADE = Fraction(1, 50)  # seconds over which kept sound passes into made sound
 _COMPARED = 8  # kept frames by which colours are matched
 _FEATHER = 8  # pixels over which a masked picture passes into a made one, inside the mask
@@ -45,15 +48,16 @@ class Edit:
     """How a clip that was made lies in the source that it was made from.
 
     frames: of the source that are delivered, start..stop-1; below 0 and beyond its end they are
-    made.  remade: the clip's own frames that are delivered.  size: (height, width) of
-    the source, magnified.
+    made.  remade: the clip's own frames that are delivered.  own: (height, width) of the source's
+    frames; size: the same, magnified.
     """
 
     source: Source
     timing: Timing
     frames: Span
     remade: Span
-    size: tuple[int, int]
+    own: Size
+    size: Size
 
     @property
     def copies_picture(self) -> bool:
@@ -75,14 +79,16 @@ def edit_of(request: Request, grids: Grids) -> Edit | None:
     frames = Span(source.offset, source.offset + request.frames)
     if source.whole:
         frames = _whole(source, timing.count(request.rate), remade, request.rate)
-    height, width = (round(side * Fraction(source.magnify)) for side in first.shape[:2])
-    return Edit(source, timing, frames, remade, (height, width))
+    own = first.shape[0], first.shape[1]
+    return Edit(source, timing, frames, remade, own, magnified(source, own))
 
 
 def delivered_size(request: Request, edit: Edit | None) -> tuple[int, int]:
     """Return (width, height) of the clip as it is written: even, as H.264 wants it."""
     if edit is None or not edit.source.whole:
-        return request.output.crop or (request.width, request.height)
+        left, above, right, below = request.output.cut
+        uncut = request.width - left - right, request.height - above - below
+        return request.output.crop or uncut
     return edit.size[1] // 2 * 2, edit.size[0] // 2 * 2
 
 
@@ -104,7 +110,7 @@ def delivered_sound(request: Request, edit: Edit | None, made: Sound, grids: Gri
 
     None: the source is silent, and no sound was asked for.
     """
-    given = delivered_original(request)
+    given = delivered_original(request, made)
     if given is not None:
         return given
     if edit is None or request.conditions.sound is not None:
@@ -127,13 +133,12 @@ def _composed(
     source, frames = edit.source, edit.frames
     kept = source_frames(source, edit.timing, request.rate, frames.start, frames.stop)
     size = (request.height, request.width)
-    fit = Fit.inside(edit.size, size)
-    regions = _regions(request, edit, grids) if source.mask is not None else None
+    fit, mixed = Fit.inside(edit.size, size), _mixer(request, edit, grids)
     singles = (piece[index : index + 1] for piece in made for index in range(len(piece)))
     colours, reached = _Colours(), 0
     for number, original in enumerate(kept, start=frames.start - source.offset):
-        pixels = as_pixels(original) if source.whole else fit_cover(original, *size)[None]
         if number not in edit.remade:
+            pixels = _kept_pixels(request, edit, original)
             colours.keep(number, pixels)
             yield pixels
             continue
@@ -144,7 +149,36 @@ def _composed(
             reached += 1
         if source.match:
             frame = colours.matched(frame)
-        yield frame if regions is None else torch.lerp(pixels, frame, regions[number])
+        yield mixed(number, original, frame)
+
+
+def _kept_pixels(request: Request, edit: Edit, original: Tensor) -> Tensor:
+    """Return a source's frame (H, W, 3) as it is delivered: (1, 3, height, width) in [-1, 1]."""
+    if not edit.source.whole:
+        return fit_cover(original, request.height, request.width)[None]
+    if edit.size == edit.own:
+        return as_pixels(original)
+    return Fit(*edit.size, *edit.size, *edit.size).forth(original)[None]
+
+
+def _mixer(request: Request, edit: Edit, grids: Grids) -> Mixer:
+    """Return how a made frame is put into the source's (H, W, 3), by the number of the frame."""
+    source = edit.source
+    if source.fill:
+        masks = mask_frames(request, source, edit.own)
+
+        def blended(_: int, original: Tensor, made: Tensor) -> Tensor:
+            mask = F.interpolate(next(masks)[None, None], edit.size, mode="nearest")
+            kept = _kept_pixels(request, edit, original)
+            return filled(made, kept, mask, source, is_last=True)
+
+        return blended
+    if source.mask is not None:
+        regions = _regions(request, edit, grids)
+        return lambda number, original, made: torch.lerp(
+            _kept_pixels(request, edit, original), made, regions[number]
+        )
+    return lambda _number, _original, made: made
 
 
 class _Colours:

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from ltxlite.checkpoint.assemble import nonfinite_parameters
-from ltxlite.conditioning import LatentState, attention_weights
+from ltxlite.conditioning import LatentState, attention_weights, without_appended
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.models.passes import (
+    UNSCALED,
     Avoided,
+    BranchScales,
     ContextBias,
+    Moments,
     Pass,
     Perturbation,
     Skip,
@@ -26,7 +29,11 @@ from ltxlite.models.passes import (
 from ltxlite.models.transformer import Transformer
 from ltxlite.sampling.contract import Prediction, State
 from ltxlite.sampling.guidance import combine
+from ltxlite.sampling.identity import Identity
 from ltxlite.sampling.settings import Guidance
+from ltxlite.sampling.statistics import ChannelControl
+
+PASSES = ("cond", "uncond", "perturbed", "isolated", "unvoiced")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,21 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One stream of a stage: its state, its prompt, how it is guided."""
+    """One stream of a stage: its state, its prompt, how it is guided.
+
+    control: what becomes of its guided prediction before clean tokens are put back.
+    identity: of the sound with a voice appended: both streams are led away from one more pass,
+    without that voice.
+    moments: of its tokens, for linears that change over the clip.  scales: of what is added to it.
+    """
 
     state: LatentState
     prompt: Prompt
     guidance: Guidance
+    control: ChannelControl | None = None
+    identity: Identity | None = None
+    moments: Moments | None = None
+    scales: BranchScales = UNSCALED
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +81,10 @@ class Evaluation:
 class Denoiser:
     """Predicts clean latents for the samplers; one object serves the steps of one stage.
 
-    Streams are video, audio, or one of them. All passes of an evaluation run block by block, so
-    that a streamed block crosses the bus once. `step` counts finished steps; guidance that
-    depends on the step reads it. What else goes from step to step is in `predictions`.
+    Streams are video, audio, or one of them; one without tokens takes no part. All passes of an
+    evaluation run block by block, so that a streamed block crosses the bus once. `step` counts
+    finished steps; guidance that depends on the step reads it. What else goes from step to step
+    is in `predictions`.
     """
 
     def __init__(
@@ -85,10 +103,13 @@ class Denoiser:
         self._streams = [_Prepared(transformer, s, sound) for s, sound in given if s is not None]
         for item in self._streams:
             item.refuse_missing_negative(needs_uncond)
+        self._unvoiced: _Prepared | None = None
+        if audio is not None and audio.identity is not None:
+            self._unvoiced = _Prepared(transformer, _without_voice(audio), sound=True)
 
     def __call__(self, state: State, sigma: float) -> Prediction:
         """Predict x0 of every stream at noise level sigma; fp32."""
-        active = [not item.stream.guidance.skips(self.step) for item in self._streams]
+        active = [item.present and not item.skips(self.step) for item in self._streams]
         if any(active):
             self._evaluate(state, sigma, active)
         guided = tuple(item.guided for item in self._streams)
@@ -119,36 +140,55 @@ class Denoiser:
         pairs = zip(self._streams, state, strict=True)
         return tuple(item.stream.state.blend(x) for item, x in pairs)
 
+    def hold(self, state: State) -> State:
+        """Do the same to noisy states, unless their masks are mixed in before each call."""
+        pairs = zip(self._streams, state, strict=True)
+        states = ((item.stream.state, x) for item, x in pairs)
+        return tuple(x if state.mixed else state.blend(x) for state, x in states)
+
     def _evaluate(self, state: State, sigma: float, active: list[bool]) -> None:
-        names = self._passes()
+        names = self._passes(sigma)
         # Passes over the same inputs share these very records, and with them their first blocks.
-        inputs = {name == "uncond": self._inputs(state, sigma, active, name) for name in names}
+        inputs = {kind: self._inputs(state, sigma, active, kind) for kind in map(_inputs_of, names)}
         velocities = self.transformer.run(
-            [self._pass(name, inputs[name == "uncond"], len(state[0])) for name in names]
+            [self._pass(name, inputs[_inputs_of(name)], len(state[0])) for name in names]
         )
         for position, item in enumerate(self._streams):
             if not active[position]:
                 continue
             x0 = {
-                name: item.x0(state[position], velocity, sigma)
+                name: self._heard(item, name).x0(state[position], velocity, sigma)
                 for name, velocity in zip(names, velocities, strict=True)
             }
-            item.take(x0, self.step)
+            identity = None if self._unvoiced is None else self._unvoiced.stream.identity
+            item.take(x0, self.step, identity)
 
-    def _passes(self) -> list[str]:
+    def _heard(self, item: "_Prepared", name: str) -> "_Prepared":
+        """Return a stream as a pass has it."""
+        if self._unvoiced is not None and item.sound and name == "unvoiced":
+            return self._unvoiced
+        return item
+
+    def _passes(self, sigma: float) -> list[str]:
         needed: set[str] = {"cond"}
         for item in self._streams:
             needed |= item.stream.guidance.passes(self.step)
         if self._needs_uncond:
             needed.add("uncond")
-        return [name for name in ("cond", "uncond", "perturbed", "isolated") if name in needed]
+        identity = None if self._unvoiced is None else self._unvoiced.stream.identity
+        if identity is not None and identity.active(sigma):
+            needed.add("unvoiced")
+        return [name for name in PASSES if name in needed]
 
     def _inputs(
         self, state: State, sigma: float, active: list[bool], name: str
     ) -> dict[bool, StreamInput]:
         return {
-            item.sound: replace(item.input(x, sigma, negative=name == "uncond"), enabled=enabled)
+            item.sound: replace(
+                self._heard(item, name).input(x, sigma, negative=name == "uncond"), enabled=enabled
+            )
             for item, x, enabled in zip(self._streams, state, active, strict=True)
+            if item.present
         }
 
     def _pass(self, name: str, inputs: Mapping[bool, StreamInput], batch: int) -> Pass:
@@ -180,7 +220,13 @@ class _Prepared:
         self.guided = self.uncond = stream.state.clean  # until the first step predicts them
         self.levels: Timesteps = stream.state.levels()
         self.weights = attention_weights(stream.state)
-        self.rope: StreamRope = transformer.rope(stream.state.positions, sound)
+        self.present = stream.state.tokens > 0
+        self.rope: StreamRope | None = None
+        if self.present:
+            self.rope = transformer.rope(stream.state.positions, sound)
+
+    def skips(self, step: int) -> bool:
+        return self.stream.guidance.skips(step)
 
     def refuse_missing_negative(self, sampler_needs_it: bool) -> None:
         needs = sampler_needs_it or "uncond" in self.stream.guidance.passes(0)
@@ -196,8 +242,9 @@ class _Prepared:
         if negative and prompt.negative is not None and not state.frozen:
             context, bias, avoided = prompt.negative, None, None
         level = 0.0 if state.frozen else sigma
+        x = x[:, : state.tokens]
         return StreamInput(
-            latent=x,
+            latent=state.seen(x),
             sigma=torch.full((x.shape[0],), level, device=x.device),
             timesteps=Timesteps(self.levels.values * sigma, self.levels.index),
             positions=state.positions,
@@ -206,15 +253,20 @@ class _Prepared:
             rope=self.rope,
             context_bias=bias,
             avoided=avoided,
+            moments=self.stream.moments,
+            scales=self.stream.scales,
         )
 
     def x0(self, x: Tensor, velocity: Velocity, sigma: float) -> Tensor:
         predicted = velocity.audio if self.sound else velocity.video
         assert predicted is not None
+        own, state = x[:, : self.stream.state.tokens], self.stream.state
+        if state.mixed:  # ComfyUI steps by the whole sigma, whatever a token's level
+            return state.seen(own) - predicted * sigma
         per_token = Timesteps(self.levels.values * sigma, self.levels.index).per_token()
-        return x - predicted * per_token
+        return own - predicted * per_token
 
-    def take(self, x0: dict[str, Tensor], step: int) -> None:
+    def take(self, x0: dict[str, Tensor], step: int, identity: Identity | None) -> None:
         self.guided = combine(
             x0["cond"],
             x0.get("uncond"),
@@ -223,7 +275,31 @@ class _Prepared:
             self.stream.guidance,
             step,
         )
+        if identity is not None and "unvoiced" in x0:
+            self.guided = identity.led(self.guided, x0["cond"], x0["unvoiced"])
+        if self.stream.control is not None:
+            self.guided = self.stream.control.predicted(self.guided, step)
         self.uncond = x0.get("uncond", x0["cond"])
+
+
+def _inputs_of(name: str) -> str:
+    """Name the inputs of a pass; all others have those of the first."""
+    return name if name in ("uncond", "unvoiced") else "cond"
+
+
+def _without_voice(stream: Stream) -> Stream:
+    """Return a stream's own tokens alone, and what is said of them."""
+    own, bias, moments = stream.state.target, stream.prompt.bias, stream.moments
+    if bias is not None:
+        bias = replace(bias, row_ids=bias.row_ids[:own])
+    if moments is not None:
+        moments = moments.first(own)
+    return replace(
+        stream,
+        state=without_appended(stream.state),
+        prompt=replace(stream.prompt, bias=bias),
+        moments=moments,
+    )
 
 
 def reused_names(guidance: Guidance, needs_uncond: bool) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Low-rank terms (LoRA) on linears of any format: computed beside them or merged as they decode.
 
-The base weight is never rewritten; strengths may change between two calls.
+The base weight is never rewritten; strengths may change between two calls, and between rows.
 """
 
 from collections.abc import Sequence
@@ -62,12 +62,28 @@ class LowRankTerm:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class OverTime:
+    """How a term's strength changes over a clip.
+
+    factors: (M,) fp32 on the device, by moment.  mean: over the clip, for rows of no moment: what
+    a linear makes of noise levels.
+    """
+
+    factors: Tensor
+    mean: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Active:
-    """A term that is on in this call, its factors in the dtype of the input."""
+    """A term that is on in this call, its factors in the dtype of the input.
+
+    by_row: (t, 1) or (1, 1), what the factor is multiplied with, where it differs by row.
+    """
 
     a: Tensor
     b: Tensor
     factor: float
+    by_row: Tensor | None = None
 
 
 class LowRankLinear(Multiplier):
@@ -75,7 +91,8 @@ class LowRankLinear(Multiplier):
 
     y = base(x) + sum strength * scale * (x Aᵀ) Bᵀ.  Each call takes the cheaper of two ways
     (`low_rank_cost`), unless `method` names one.  `strengths` is a plain list, one number a term;
-    a term of strength 0 costs nothing.
+    a term of strength 0 costs nothing.  `times`: how each changes over a clip, None for not at
+    all; one that does is computed beside, where rows say what moment they are of.
     Buffers: a0 (r, K), b0 (N, r), a1, b1, ... in the dtype and, where it is mapped, the memory of
     their file: joined in advance, a second LoRA beside the distilled one would take 8 GB of RAM.
     """
@@ -85,6 +102,7 @@ class LowRankLinear(Multiplier):
         self.base = base
         self.method: Method = "auto"
         self.strengths = [1.0] * len(terms)
+        self.times: list[OverTime | None] = [None] * len(terms)
         self.scales = [term.scale for term in terms]
         self.sources = [term.source for term in terms]
         for index, term in enumerate(terms):
@@ -104,7 +122,9 @@ class LowRankLinear(Multiplier):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., N) in x's dtype.  x: (..., K)."""
-        active = self._active(x.dtype)
+        return self._forward(x, self._active(x.dtype))
+
+    def _forward(self, x: Tensor, active: list[_Active]) -> Tensor:
         if not active:
             y: Tensor = self.base(x)
             return y
@@ -115,11 +135,25 @@ class LowRankLinear(Multiplier):
         """Whether `multiply` is the way to compute: where the base does."""
         return isinstance(self.base, QuantLinear) and self.base.codes
 
+    @property
+    def varies(self) -> bool:
+        """Whether a term that is on changes over the clip."""
+        return any(self.times[number] is not None for number in self._numbers())
+
     def multiply(self, given: Activation, tail: Tail) -> Tensor:
         """Return tail(given Wᵀ + terms + bias), (B, t, N), by the base's arithmetic."""
+        active = self._active(given.x.dtype, given.moments)
+        varying = [term for term in active if term.by_row is not None]
+        if not varying:
+            return self._multiplied(given, tail, active)
+        y = self._multiplied(given, PLAIN, [term for term in active if term.by_row is None])
+        return tail.applied(self._added(given.values(), y, varying))
+
+    def _multiplied(self, given: Activation, tail: Tail, active: list[_Active]) -> Tensor:
+        """Compute with terms that are the same for all rows."""
         base = self.base
-        assert isinstance(base, QuantLinear) and base.arithmetic is not None
-        active = self._active(given.x.dtype)
+        if not isinstance(base, QuantLinear) or base.arithmetic is None:
+            return tail.applied(self._forward(given.values(), active))
         if not active:
             return base.multiply(given, tail)
         if self._merges(given.x, active):
@@ -155,15 +189,18 @@ class LowRankLinear(Multiplier):
     def _numbers(self) -> list[int]:
         return [i for i, strength in enumerate(self.strengths) if strength * self.scales[i]]
 
-    def _active(self, dtype: torch.dtype) -> list[_Active]:
-        return [
-            _Active(
-                self.get_buffer(f"a{i}").to(dtype),
-                self.get_buffer(f"b{i}").to(dtype),
-                self.strengths[i] * self.scales[i],
-            )
-            for i in self._numbers()
-        ]
+    def _active(self, dtype: torch.dtype, moments: Tensor | None = None) -> list[_Active]:
+        """Return the terms that are on.  moments: (t,) or (1,), those of the rows."""
+        return [self._term(number, dtype, moments) for number in self._numbers()]
+
+    def _term(self, number: int, dtype: torch.dtype, moments: Tensor | None) -> _Active:
+        a, b = (self.get_buffer(f"{factor}{number}").to(dtype) for factor in "ab")
+        strength, times = self.strengths[number] * self.scales[number], self.times[number]
+        if times is None:
+            return _Active(a, b, strength)
+        if moments is None:
+            return _Active(a, b, strength * times.mean)
+        return _Active(a, b, strength, times.factors[moments, None].to(dtype))
 
     def _merges(self, x: Tensor, active: list[_Active]) -> bool:
         if self.method != "auto":
@@ -179,6 +216,8 @@ class LowRankLinear(Multiplier):
         flat, out = x.reshape(-1, self.in_features), y.reshape(-1, self.out_features)
         for term in _joined(active, len(flat)):
             inner = F.linear(flat, term.a)  # (T, r)
+            if term.by_row is not None:  # samples have the same moments
+                inner.view(len(x), -1, inner.shape[-1]).mul_(term.by_row)
             out.addmm_(inner, term.b.T, alpha=term.factor)
         return out.view(y.shape)
 
@@ -221,7 +260,8 @@ def _joined(active: list[_Active], tokens: int) -> list[_Active]:
 
     Their factors go into copies of A. With fewer tokens than ranks the copies are what costs.
     """
-    if len(active) == 1 or tokens < sum(len(term.a) for term in active):
+    by_row = any(term.by_row is not None for term in active)
+    if len(active) == 1 or by_row or tokens < sum(len(term.a) for term in active):
         return active
     a = torch.cat([term.a * term.factor for term in active])
     return [_Active(a, torch.cat([term.b for term in active], dim=1), 1.0)]

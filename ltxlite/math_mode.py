@@ -15,7 +15,7 @@ from torch import nn
 from ltxlite.arithmetic import Arithmetic, Fp8, Fp16, Int8
 from ltxlite.errors import RequestError
 from ltxlite.linear import QuantLinear
-from ltxlite.models.block import Block
+from ltxlite.models.block import StreamBlock
 from ltxlite.models.transformer import Transformer
 from ltxlite_kernels.configs import ATTENTION_HEAD_DIMS
 from ltxlite_kernels.dispatch import (
@@ -81,8 +81,9 @@ def set_math(
 def _set_attention(network: Transformer, math: Math, capability: int | None) -> None:
     """Let long self-attention have int8 scores, where a kernel has heads of that size."""
     for block in nn.ModuleList.children(network.blocks):
-        assert isinstance(block, Block)
-        for stream in (block.video, block.audio):
+        for stream in block.children():
+            if not isinstance(stream, StreamBlock):
+                continue
             module = stream.self_attention
             known = capability is None or module.head_dim in ATTENTION_HEAD_DIMS
             int8 = math is Math.INT8 and known

@@ -1,6 +1,7 @@
 """What the networks of a set of files are like, from headers alone; nothing is loaded."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class NetworkConfigs:
 
     def __init__(self, files: ModelFiles) -> None:
         self.files = files
+        # Whether a job makes no picture: what only that needs is neither missed nor read.
+        self.sound_alone = False
 
     def transformer_config(self) -> TransformerConfig:
         """Return the transformer's hyper-parameters, from JSON or, without any, from shapes."""
@@ -66,8 +69,10 @@ class NetworkConfigs:
             )
         settings = self.settings("transformer", SECTIONS["transformer"])
         if settings is None:
-            return TransformerConfig.from_shapes(shapes)
-        return TransformerConfig.from_settings(settings)
+            config = TransformerConfig.from_shapes(shapes)
+        else:
+            config = TransformerConfig.from_settings(settings)
+        return replace(config, sound_alone=self.sound_alone)
 
     def version(self) -> tuple[int, ...]:
         """Return the release that the transformer's file claims to be; () if it says nothing."""
@@ -93,6 +98,8 @@ class NetworkConfigs:
     def video_config(self) -> VideoVAEConfig:
         """Return the video VAE's hyper-parameters; without JSON, those of its family."""
         component = "video_decoder" if self.files.find("video_decoder") else "video_encoder"
+        if self.sound_alone and self.files.find(component) is None:
+            return VideoVAEConfig.released(self.transformer_config().family)
         settings = self.settings(component, "vae")
         if settings is None:
             return VideoVAEConfig.released(self.transformer_config().family)
@@ -155,7 +162,7 @@ class NetworkConfigs:
                     f"transformer is LTX-{config.family}'s; take it from the same release"
                 )
         channels = self.video_config().latent_channels
-        if channels != config.video.channels:
+        if channels != config.video.channels and not self.sound_alone:
             raise CheckpointError(
                 f"{self.need('video_decoder').path}: latents of {channels} channels, the "
                 f"transformer makes {config.video.channels}; wrong video VAE"
@@ -240,6 +247,11 @@ def upscaler_config(model: OpenModel) -> UpscalerConfig:
             "the file is damaged or repackaged wrongly"
         )
     return given
+
+
+def needed_parts(sound_alone: bool) -> tuple[str, ...]:
+    """Return what a run needs; sound alone is made without the video VAE."""
+    return tuple(name for name in NEEDED if not (sound_alone and name == "video_decoder"))
 
 
 def missing_parts(files: ModelFiles, needed: Sequence[str] = NEEDED) -> list[str]:

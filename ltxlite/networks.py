@@ -57,6 +57,7 @@ NAMINGS = {
     "upscaler": Naming(upscaler.RENAMES, upscaler.IGNORED),
 }
 
+_SOUND_ALONE = Naming(transformer.RENAMES, transformer.SOUND_ALONE_IGNORED, transformer.FLOAT32)
 _ADALNS = ("adaln", "prompt_adaln", "cross_adaln", "gate_adaln")
 # What of a network is walked, and what stays on the host: AdaLNs are read once a stage, when they
 # are tabulated; of Gemma's embeddings, 2 GB in bf16, a prompt needs a few hundred rows.
@@ -126,7 +127,8 @@ class Networks(NetworkConfigs):
 
     def naming(self, component: str) -> Naming:
         """Return how a network's checkpoint names become module names."""
-        return NAMINGS[component]
+        alone = self.sound_alone and component == "transformer"
+        return _SOUND_ALONE if alone else NAMINGS[component]
 
     # Networks: loaded when called; the caller decides how long they live.
 

@@ -20,12 +20,12 @@ from ltxlite.checkpoint.lora import (
     open_lora,
     other_generation,
     read_lora,
-    set_strengths,
 )
 from ltxlite.context_cache import ContextCache
 from ltxlite.delivery import Grids
 from ltxlite.errors import BudgetError, CheckpointError, RequestError
 from ltxlite.given.encode import check_given, encode_given
+from ltxlite.lora_times import check_strengths
 from ltxlite.memory import place
 from ltxlite.memory.budget import Budget
 from ltxlite.models.rolling import GROUP_BYTES
@@ -35,6 +35,7 @@ from ltxlite.networks import Networks
 from ltxlite.planning import RUNGS, plan_job, smaller_window, window_of
 from ltxlite.progress import Clock, Report
 from ltxlite.prompts import check_texts, encode_texts
+from ltxlite.repainting import enlarge_pixels
 from ltxlite.request import Request
 from ltxlite.resume import SavedRun
 from ltxlite.stage_shapes import stage_shape
@@ -47,9 +48,11 @@ from ltxlite.stages import (
     enlarge,
     refuse_missing,
     stage_sigmas,
+    step_count,
 )
+from ltxlite.steering.statistics import check_statistics
 from ltxlite.writing import JOB_TAG as JOB_TAG
-from ltxlite.writing import Made, Written, write_clip
+from ltxlite.writing import Made, Written, check_output, write_clip, write_sound_alone
 
 Save = Callable[[Progress], None]
 
@@ -102,8 +105,11 @@ def generate(
 def check(request: Request, networks: Networks) -> None:
     """Refuse, before anything is loaded, what cannot work: missing parts, sizes, schedules.
 
-    Raises CheckpointError naming every missing file and its repository, or RequestError.
+    Raises CheckpointError naming every missing file and its repository, RequestError, or
+    MediaError.
     """
+    networks.sound_alone = not request.picture
+    check_output(request)
     refuse_missing(request.stages, networks)
     networks.check_families()
     open_loras(request, networks)
@@ -117,6 +123,9 @@ def check(request: Request, networks: Networks) -> None:
                     f"stage {number}: stg block {block} of a transformer with {layers} blocks"
                 )
     check_given(request, networks)
+    check_statistics(request)
+    steps = [step_count(request, networks, number) for number in range(len(request.stages))]
+    check_strengths(request, steps, networks.latent_grid())
 
 
 def make_plan(
@@ -207,9 +216,8 @@ def run_stages(
     save: told the progress after each step and each stage.
     """
     clock.begin("load transformer", 1)
-    loras: list[Lora] = []
     transformer = networks.transformer(
-        lambda network: loras.extend(attach_loras(request, networks, network, clock))
+        lambda network: attach_loras(request, networks, network, clock)
     )
 
     def finished(step: Progress) -> None:
@@ -221,9 +229,6 @@ def run_stages(
         if stage.upscaler is not None:
             place.rest(transformer)  # its slots make room for the upscaler
         progress = at_stage_size(request, networks, progress, clock)
-        set_strengths(
-            transformer, {lora.source: stage.lora_strength(i) for i, lora in enumerate(loras)}
-        )
         run = StageRun(request, progress, networks, transformer)
         clock.begin(f"stage {number + 1} of {len(request.stages)}", run.steps)
         clock.advance(progress.done)
@@ -242,7 +247,11 @@ def at_stage_size(
         return progress
     clock.begin(f"upscale {stage.upscaler}", 1)
     shape = stage_shape(request, stage, networks)
-    return Progress(progress.stage, enlarge(networks, progress.latents, shape, stage.upscaler))
+    if stage.upscaler == "pixels":
+        larger = enlarge_pixels(request, networks, progress.latents, shape)
+    else:
+        larger = enlarge(networks, progress.latents, shape, stage.upscaler)
+    return Progress(progress.stage, larger)
 
 
 def open_loras(request: Request, networks: Networks) -> list[Lora]:
@@ -255,16 +264,15 @@ def open_loras(request: Request, networks: Networks) -> list[Lora]:
 
 def attach_loras(
     request: Request, networks: Networks, transformer: Transformer, clock: Clock
-) -> list[Lora]:
+) -> None:
     """Hang the job's LoRA files beside the transformer and tell what of them fitted."""
     loras = open_loras(request, networks)
     for report in attach(transformer, loras, networks.naming("transformer")):
-        clock.note(report.line())
+        clock.note(report.count() if networks.sound_alone else report.line())
     version = networks.version() or networks.family_version()
     for lora in loras:
         if warning := other_generation(lora, version):
             clock.note(warning)
-    return loras
 
 
 def decode(request: Request, networks: Networks, latents: Latents, clock: Clock) -> Written:
@@ -280,6 +288,8 @@ def decode(request: Request, networks: Networks, latents: Latents, clock: Clock)
             if sound is None:
                 clock.begin("decode sound", 1)
                 sound = decode_sound(networks, latents.audio)
+            if not request.picture:
+                return write_sound_alone(request, sound)
             clock.begin("decode picture", request.frames)
             made = Made(decode_picture(networks, latents.video), sound)
             return write_clip(request, made, grids, clock)

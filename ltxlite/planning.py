@@ -42,6 +42,7 @@ class JobPlan:
     plan: Plan
     levers: Levers
     window: DecodeWindow
+    has_picture: bool = True
 
     def memory(self, device: torch.device) -> Memory:
         """Return where networks are to put their blocks."""
@@ -50,6 +51,8 @@ class JobPlan:
 
     def lines(self) -> list[str]:
         """Return the plan as text."""
+        if not self.has_picture:
+            return [*self.plan.lines(), f"{self.levers.chunk} tokens at a time"]
         window = self.window.group_bytes >> 20
         text = f"{self.levers.chunk} tokens, and {window} MiB of frames, at a time"
         if not self.window.is_whole:
@@ -100,6 +103,10 @@ class _Planner:
         """Return the plan of a request. Raises BudgetError, or RequestError for its size."""
         job = job_of(request, self._networks)
         found = phases(self._components, job, levers, self._text)
+        if not request.picture:
+            needs = beside_transformer([phase.need() for phase in found])
+            window = DecodeWindow(levers.group_bytes)
+            return JobPlan(fit(needs, self._budget), levers, window, has_picture=False)
         *needs, decode = [phase.need() for phase in found]
         window = window_of(self._networks, request, levers.group_bytes)
         if window.is_classical:
@@ -113,7 +120,7 @@ class _Planner:
 
     def nearest(self, request: Request, levers: Levers) -> Iterator[str]:
         """Name the largest smaller size, and the largest smaller length, that fit."""
-        for variants in (_smaller_sizes, _shorter):
+        for variants in (_smaller_sizes, _shorter) if request.picture else (_shorter,):
             for candidate, text in variants(self._networks, request):
                 try:
                     self.fitted(candidate, levers)
@@ -174,6 +181,9 @@ def _smaller_sizes(networks: Networks, request: Request) -> Iterator[tuple[Reque
 def _shorter(networks: Networks, request: Request) -> Iterator[tuple[Request, str]]:
     grid = networks.latent_grid()
     for share in _SMALLER:
-        frames = grid.snap_frames(max(grid.time + 1, int(request.frames * share)))
+        frames = max(grid.time + 1, int(request.frames * share))
+        frames = grid.snap_frames(frames) if request.picture else frames
         if frames < request.frames:
-            yield replace(request, frames=frames), f"--frames {frames}"
+            shorter = replace(request, frames=frames)
+            length = f"--frames {frames}" if request.picture else f"--seconds {shorter.seconds:.2f}"
+            yield shorter, length

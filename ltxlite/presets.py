@@ -72,6 +72,15 @@ def stages_for(
     return tuple(stages)
 
 
+def without_picture(stage: Stage) -> Stage:
+    """Return a first stage for sound alone: nothing of a picture, nor guidance against it.
+
+    Source: LTX-2 400fd31, t2a_one_stage (30 steps, cfg 7, stg 1, rescale .7).
+    """
+    audio = replace(stage.audio, modality=1.0)
+    return replace(stage, scale="1", video=Guidance(), audio=audio, real_tokens=False)
+
+
 def _scales(quality: Quality, count: int | None, ratio: str) -> tuple[str, ...]:
     if quality == "draft" and count is None:
         return ("1",)

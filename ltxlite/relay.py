@@ -3,7 +3,8 @@
 All segments are encoded as one text behind the prompt of all times. In text attention, a segment's
 rows then cost the more the farther a token's time is from the segment's middle: a row of key
 biases for each latent frame, never a T x S mask. Negative prompts are seen whole.
-Source: features.md H1 (kijai ComfyUI-PromptRelay; the least cost is 0 as in Wan2GP).
+Source: features.md H1 (kijai ComfyUI-PromptRelay; the least cost is 0 as in Wan2GP). With a blend,
+H5's raised cosine is in the attention; mixed encodings would be a context for each moment.
 """
 
 import itertools
@@ -21,9 +22,11 @@ from ltxlite.errors import RequestError
 from ltxlite.geometry import LatentGrid
 from ltxlite.models.passes import ContextBias
 from ltxlite.models.tokenizer import MAX_TOKENS, Tokenizer
+from ltxlite.over_time import Window
 from ltxlite.relay_text import texts_up_to
 
 _HARD = 0.1448  # the width of a border where epsilon says none
+_LEAST = 1e-30  # a share that is none; its log is finite in any dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,17 @@ def costs(parts: Sequence[Span], at: Tensor, epsilon: float) -> Tensor:
     return cost - cost.amin(0)
 
 
+def passed_on(parts: Sequence[Span], at: Tensor, latents: int, blend: float) -> Tensor:
+    """Return the same where attention passes from each segment to the next: (N, segments) fp32.
+
+    at: middles.  blend: how long that takes, in latent frames.  What attends to two segments in
+    shares of w and 1 - w finds their scores lessened by -log of them.
+    """
+    windows = [Window.within(part.start, part.start + part.length, latents) for part in parts]
+    shares = [[window.share(time, blend) for window in windows] for time in at.tolist()]
+    return -at.new_tensor(shares).clamp(min=_LEAST).log()
+
+
 def relayed(
     prompt: Prompt, rows: Sequence[slice], relay: Relay, state: LatentState, stage: StageContext
 ) -> Prompt:
@@ -155,13 +169,20 @@ def relayed(
         at = torch.arange(clip.latents, dtype=torch.float32)
         ids = torch.arange(state.target) // (state.target // clip.latents)
     table = torch.zeros(len(at) + 1, prompt.positive.shape[1])  # the last row is free
-    for column, part in zip(costs(parts, at, relay.epsilon).unbind(1), rows, strict=True):
+    for column, part in zip(_costs(parts, at, relay, clip).unbind(1), rows, strict=True):
         table[:-1, part] = -strength * column[:, None]
     appended = _appended(state, clip, sound)
     ids = torch.cat([ids, torch.where(appended < 0, len(at), appended)])
     device = prompt.positive.device
     bias = ContextBias(table.to(device), ids.to(device, torch.int32))
     return replace(prompt, bias=bias)
+
+
+def _costs(parts: Sequence[Span], at: Tensor, relay: Relay, clip: Clip) -> Tensor:
+    if relay.blend is None:
+        return costs(parts, at, relay.epsilon)
+    middles = at + clip.latents / len(at) / 2
+    return passed_on(parts, middles, clip.latents, relay.blend * clip.rate / clip.grid.time)
 
 
 def _appended(state: LatentState, clip: Clip, sound: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """What the user may ask: frozen records whose JSON is a job file. No torch, no files opened here.
 
 Of ours it imports only the error tree and the torch-free records of `sampling.settings`,
-`strength` and `conditions`.
+`strength`, `conditions` and `tuning`.
 """
 
 import json
@@ -14,16 +14,20 @@ from typing import Any, Literal, TypeVar
 
 from ltxlite.conditions import Conditions
 from ltxlite.errors import RequestError
-from ltxlite.sampling.settings import Guidance, check_sampler
+from ltxlite.sampling.settings import Guidance, Statistics, check_sampler
 from ltxlite.strength import Strength
+from ltxlite.tuning import Tuning
 
 JOB_VERSION = 1
 
 Sound = Literal["refine", "keep", "freeze"]
-Upscaler = Literal["x1.5", "x2"]
+Upscaler = Literal["x1.5", "x2", "pixels"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 MathName = Literal["auto", "int8", "fp16", "bf16", "fp8"]
 Variant = Literal["dev", "distilled"]
+
+# Samplers that carry nothing but the noisy state from step to step, one evaluation each.
+_FORGETFUL = ("euler", "euler_ancestral", "euler_cfg_pp", "euler_ancestral_cfg_pp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +35,17 @@ class Stage:
     """One pass of sampling, at one size.
 
     scale: width and height as a fraction of the clip's ("1/2").  sigmas: a schedule
-    (`sampling.schedules.parse`).  upscaler: how the previous stage's latent gets here, None where
-    the size stays.  loras: strength of each LoRA file in this stage, a number or, by stream and by
-    block, a record; the last one serves the rest.
+    (`sampling.schedules.parse`).  upscaler: how the previous stage's latent gets here, by a model
+    or through "pixels"; None where the size stays.  loras: strength of each LoRA file in this
+    stage, a number or, by stream and by block, a record; the last one serves the rest.
     sound: what happens to the previous stage's sound: "refine" noises and denoises it again,
     "keep" does so for the picture's sake but ships the earlier sound, "freeze" holds it fixed.
     noise: how much noise the stage starts from, 0 to 1; None means its first sigma.
     real_tokens: the ltx schedule shifts by this stage's token count instead of 4096.
     seed: of this stage's initial noise; None derives it from the job's.
+    statistics: what keeps the picture's channels from drifting.
+    audio_norm: after each step the predicted sound is multiplied by this, the last one serves all
+    further steps; where it is not 1, noise is mixed in anew.  Source: features.md G8.
     """
 
     scale: str = "1"
@@ -53,6 +60,8 @@ class Stage:
     noise: float | None = None
     real_tokens: bool = False
     seed: int | None = None
+    statistics: Statistics = field(default_factory=Statistics)
+    audio_norm: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.sampler_options)
@@ -60,6 +69,7 @@ class Stage:
             raise RequestError(f"stage scale is {self.scale!r}, wanted a fraction above 0, up to 1")
         if self.noise is not None and not 0 <= self.noise <= 1:
             raise RequestError(f"stage noise is {self.noise}, wanted 0 to 1")
+        _check_audio_norm(self)
         _one_of("stage sound", self.sound, Sound)
         if self.upscaler is not None:
             _one_of("stage upscaler", self.upscaler, Upscaler)
@@ -73,7 +83,7 @@ class Stage:
         """Return the strength of LoRA file number `index` in this stage; 1 if none is given."""
         if not self.loras:
             return Strength()
-        return self.loras[min(index, len(self.loras) - 1)]
+        return Strength.of(self.loras[min(index, len(self.loras) - 1)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +133,8 @@ class Output:
     (width, height) around its centre.  wav: also write the sound there.  tiles: decode in tiles
     that are blended, as the official pipelines do; None decodes exactly.  trim: frames that are
     left out at the beginning, and the sound with them: where stages put an image in anew, the
-    first ones may flicker (features.md D10).
+    first ones may flicker (features.md D10).  cut: pixels that are left out at the left, above, at
+    the right and below, such as the panel of a masked reference.
     """
 
     path: str
@@ -132,12 +143,15 @@ class Output:
     wav: str | None = None
     tiles: Tiles | None = None
     trim: int = 0
+    cut: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.crf <= 51:
             raise RequestError(f"crf is {self.crf}; H.264 takes 0 (lossless) to 51")
         if self.trim < 0:
             raise RequestError(f"trim is {self.trim}, wanted a number of frames, 0 or more")
+        if min(self.cut) < 0 or any(side % 2 for side in self.cut):
+            raise RequestError(f"cut is {self.cut}, wanted even numbers of pixels, 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +161,7 @@ class Request:
     quantize: a type that matrices of the blocks are quantized to while they load.  math: what
     the transformer's products are computed in.  exact: layers that stay in bf16 all the same.
     encode_tiles: encode pictures that are given in tiles that are blended; None encodes exactly.
+    picture: False makes sound alone, of frames / fps seconds; width and height mean nothing then.
     """
 
     prompt: str
@@ -166,6 +181,8 @@ class Request:
     exact: tuple[str, ...] = ()
     encode_tiles: Tiles | None = None
     conditions: Conditions = field(default_factory=Conditions)
+    tuning: Tuning = field(default_factory=Tuning)
+    picture: bool = True
     version: int = JOB_VERSION
 
     def __post_init__(self) -> None:
@@ -185,16 +202,33 @@ class Request:
             raise RequestError(
                 f"trim: {self.output.trim} frames of a clip of {self.frames} would leave nothing"
             )
+        self._check_cut()
         if self.output.trim and self.conditions.source is not None:
             raise RequestError("trim: frames of a source are kept; leave --trim-head out")
         _one_of("dtype", self.dtype, DType)
         _one_of("math", self.math, MathName)
-        for reference in self.conditions.references:
-            if max(reference.stages) > len(self.stages):
+        self._check_stages()
+        if not self.picture:
+            _check_sound_alone(self)
+
+    def _check_stages(self) -> None:
+        named = [("reference", item.path, item.stages) for item in self.conditions.references]
+        if (voice := self.conditions.voice) is not None:
+            named.append(("voice", voice.path, voice.stages))
+        for what, path, stages in named:
+            if max(stages) > len(self.stages):
                 raise RequestError(
-                    f"reference {reference.path}: stages {reference.stages} of a job with "
-                    f"{len(self.stages)}"
+                    f"{what} {path}: stages {stages} of a job with {len(self.stages)}"
                 )
+
+    def _check_cut(self) -> None:
+        left, above, right, below = self.output.cut
+        if any(self.output.cut) and (self.conditions.source is not None or self.output.crop):
+            raise RequestError("cut: goes neither with a source nor with a size that is cropped")
+        if left + right >= self.width or above + below >= self.height:
+            raise RequestError(
+                f"cut: {self.output.cut} of {self.width}x{self.height} leaves nothing"
+            )
 
     @property
     def rate(self) -> Fraction:
@@ -218,6 +252,52 @@ class Request:
         except (json.JSONDecodeError, RecursionError) as error:
             raise RequestError(f"{where}: not a job file ({error})") from None
         return build(cls, values, where)
+
+
+def _check_audio_norm(stage: Stage) -> None:
+    if not stage.audio_norm:
+        return
+    if not all(0 <= factor <= 10 for factor in stage.audio_norm):
+        raise RequestError(f"audio norm {stage.audio_norm}: wanted factors from 0 to 10")
+    if stage.sampler not in _FORGETFUL:
+        raise RequestError(
+            f"audio norm begins each step anew, which {stage.sampler} cannot; choose one of "
+            f"{', '.join(_FORGETFUL)}"
+        )
+
+
+def _check_sound_alone(request: Request) -> None:
+    """Refuse what is about a picture in a job that makes none."""
+    conditions, stage, output = request.conditions, request.stages[0], request.output
+    sound, nag, tuned = conditions.sound, conditions.nag, request.tuning
+    found = {
+        "further stages": len(request.stages) > 1,
+        "an upscaler": stage.upscaler is not None,
+        "--image": conditions.images,
+        "--guide": conditions.guides,
+        "--reference": conditions.references,
+        "a source clip": conditions.source,
+        "--nag (--nag-audio is for sound)": nag and nag.video is not None,
+        "guidance of the picture": stage.video != Guidance(),
+        "modality guidance (it compares with the picture)": stage.audio.modality != 1,
+        "a schedule by picture tokens": stage.real_tokens,
+        "statistics of the picture": stage.statistics.is_active,
+        "a scale of what is the picture's": (
+            tuned.video,
+            tuned.audio_to_video,
+            tuned.video_to_audio,
+        )
+        != (1, 1, 1),
+        "a crop": output.crop,
+        "--trim-head": output.trim,
+        "--cut": any(output.cut),
+        "tiles": output.tiles or request.encode_tiles,
+        "--audio that stays as it is (add --audio-denoise)": sound and sound.denoise == 0,
+        "the given sound as output": sound and sound.output == "original",
+    }
+    for what, is_there in found.items():
+        if is_there:
+            raise RequestError(f"sound alone is made without {what}; leave it out")
 
 
 def parse_fraction(text: str, name: str) -> Fraction:

@@ -22,6 +22,7 @@ from ltxlite.denoise import reused_names
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import ClipShape
 from ltxlite.given.takes import stage_takes
+from ltxlite.given.voice import voice_tokens
 from ltxlite.networks import Networks
 from ltxlite.request import Request
 from ltxlite.sampling.contract import NoiseKind, Position
@@ -189,7 +190,8 @@ def _sizes(place: _Place, request: Request, networks: Networks) -> dict[str, tup
     remembered = () if is_last else sampler.remembers[: place.done]
     guidances = (stage.video, stage.audio)
     appended = stage_takes(request, networks, place.stage, shape).tokens
-    for number, tokens in enumerate(token_sizes(networks, shape, appended)):
+    voiced = voice_tokens(request, networks, place.stage)
+    for number, tokens in enumerate(token_sizes(networks, shape, appended, voiced)):
         sizes |= {f"carry.{name}.{number}": tokens for name in ("x", *remembered)}
         reused = reused_names(guidances[number], sampler.needs_uncond)
         sizes |= {f"prediction.{name}.{number}": tokens for name in reused}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ltxlite import conditioning
-from ltxlite.catalog import SOURCES
 from ltxlite.conditioning import LatentState, StageContext, States
 from ltxlite.denoise import Denoiser, Evaluation, Prompt, Stream, refuse_nonfinite
 from ltxlite.encode import Contexts
@@ -27,20 +26,26 @@ from ltxlite.geometry import (
     video_positions,
 )
 from ltxlite.given import Given
-from ltxlite.models.passes import Avoided
+from ltxlite.lora_times import StageLoras
+from ltxlite.models.passes import Avoided, BranchScales, Moments
 from ltxlite.models.transformer import Transformer
-from ltxlite.models.upscaler import LatentUpscaler, upscale_normalised
-from ltxlite.network_configs import missing_parts
+from ltxlite.models.upscaler import upscale_normalised
+from ltxlite.network_configs import missing_parts, needed_parts
 from ltxlite.networks import Networks
 from ltxlite.relay import relayed
 from ltxlite.request import Request, Stage
 from ltxlite.sampling.contract import NoiseKind, Position, State, Tools
+from ltxlite.sampling.identity import Identity
 from ltxlite.sampling.noise import SdeNoise, initial_noise, sde_seed, stage_seed
 from ltxlite.sampling.samplers import SAMPLERS, continue_sampling, evaluation_sigmas
 from ltxlite.sampling.schedule_text import parse
 from ltxlite.sampling.schedules import Schedule
+from ltxlite.sampling.statistics import ChannelControl
 from ltxlite.stage_shapes import stage_shape
 from ltxlite.steering import steer
+from ltxlite.steering.sound_norm import SoundNorm
+from ltxlite.steering.statistics import channel_control, controlled
+from ltxlite.upscalers import find_upscaler, missing_upscalers
 
 SDE_KINDS: tuple[NoiseKind, ...] = ("step", "sub")
 
@@ -116,10 +121,9 @@ def needs_negative(stage: Stage) -> bool:
 
 def refuse_missing(stages: Sequence[Stage], networks: Networks) -> None:
     """Raise CheckpointError naming every file that the stages need and nobody gave."""
-    lines = missing_parts(networks.files)
-    kinds = {networks.upscaler_kind(model) for model in networks.files.all("upscaler")}
-    wanted = dict.fromkeys(stage.upscaler for stage in stages if stage.upscaler)
-    lines += [SOURCES[kind].advice() for kind in wanted if kind not in kinds]
+    lines = missing_parts(networks.files, needed_parts(networks.sound_alone))
+    ways = (stage.upscaler for stage in stages)
+    lines += missing_upscalers((way for way in ways if way not in (None, "pixels")), networks)
     if lines:
         raise CheckpointError("missing files:\n  " + "\n  ".join(lines))
 
@@ -143,12 +147,15 @@ def latent_sizes(networks: Networks, shape: ClipShape) -> tuple[tuple[int, ...],
 
 
 def token_sizes(
-    networks: Networks, shape: ClipShape, appended: int = 0
+    networks: Networks, shape: ClipShape, appended: int = 0, voiced: int = 0
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes (1, T, C) of what a stage samples, picture (with appended) and sound."""
+    """Return the sizes (1, T, C) of what a stage samples, picture and sound.
+
+    appended, voiced: tokens that are appended to the one and to the other.
+    """
     channels = networks.transformer_config()
     video = (1, shape.video_tokens + appended, channels.video.channels)
-    return video, (1, shape.audio_frames, channels.audio.channels)
+    return video, (1, shape.audio_frames + voiced, channels.audio.channels)
 
 
 def first_latents(networks: Networks, shape: ClipShape) -> Latents:
@@ -179,14 +186,6 @@ def enlarge(networks: Networks, latents: Latents, shape: ClipShape, kind: str) -
     return replace(latents, video=video, shape=shape)
 
 
-def find_upscaler(networks: Networks, kind: str) -> LatentUpscaler:
-    """Load the upscaler of a kind ("x2", "x1.5")."""
-    for model in networks.files.all("upscaler"):
-        if networks.upscaler_kind(model) == kind:
-            return networks.upscaler_from(model)
-    raise CheckpointError(f"no {kind} upscaler among the files")
-
-
 class StageRun:
     """Runs one stage of a job on a loaded transformer.
 
@@ -215,14 +214,19 @@ class StageRun:
         finished: told the progress after each step, before the next one begins.
         """
         video, audio = self._states(prompts.given)
-        if self.networks.memory is not None:  # AdaLN weights are on the host
-            self.transformer.tabulate(self._levels(video, audio))
-        denoiser = self._denoiser(video, audio, prompts)
+        loras = StageLoras(self.request, self.number, self.transformer)
+        moments = loras.begin((video, audio), self.networks.latent_grid())
+        loras.to_step(self.progress.done)
+        self._tabulate(video, audio)
+        control = self._control(prompts.given)
+        denoiser = self._denoiser(video, audio, prompts, control, moments)
         denoiser.restore(self.progress.done, self.progress.predictions)
         noise = self._sde_noise([state.initial.shape for state in (video, audio)])
 
         def step_done(position: Position) -> None:
             denoiser.step = position.done
+            if loras.to_step(min(position.done, self.steps - 1)):
+                self._tabulate(video, audio)
             self.progress = Progress(
                 self.number,
                 self.progress.latents,
@@ -232,14 +236,20 @@ class StageRun:
             )
             finished(self.progress)
 
-        tools = Tools(denoiser, noise, denoiser.blend, step_done)
+        tools = Tools(denoiser, noise, denoiser.hold, step_done)
+        if self.stage.audio_norm:
+            norm = SoundNorm(self.stage.audio_norm, (video, audio), self._noises(video, audio))
+            tools = norm.within(tools)
         position = self.progress.position
         if not position.done:
             position = Position(0, {"x": self._start(video, audio)})
         options = self.stage.sampler_options
-        return self._latents(
-            continue_sampling(self.stage.sampler, position, self.sigmas, tools, options)
-        )
+        final = continue_sampling(self.stage.sampler, position, self.sigmas, tools, options)
+        return self._latents((controlled(control, final[0], video), *final[1:]))
+
+    def _tabulate(self, video: LatentState, audio: LatentState) -> None:
+        if self.networks.memory is not None:  # AdaLN weights are on the host
+            self.transformer.tabulate(self._levels(video, audio))
 
     def _levels(self, video: LatentState, audio: LatentState) -> Tensor:
         """Return every noise level that a token or a whole stream will have, computed alike."""
@@ -267,7 +277,14 @@ class StageRun:
         if self.stage.sound == "freeze" and self.number > 0:
             audio = conditioning.freeze(audio)
         conditions, stage = self.request.conditions, self._context()
-        return steer((video, audio), conditions, steering.of(self.number), stage)
+        video, audio = steer((video, audio), conditions, steering.of(self.number), stage)
+        mixed = self.request.tuning.masks == "comfy"
+        return replace(video, mixed=mixed), replace(audio, mixed=mixed)
+
+    def _control(self, given: Given) -> ChannelControl | None:
+        begun, conditions = self.progress.latents.video, self.request.conditions
+        own, stage = given.of(self.number), self._context()
+        return channel_control(self.stage.statistics, conditions, own, begun, stage)
 
     def _context(self) -> StageContext:
         grids = self.networks.latent_grid(), self.networks.audio_grid()
@@ -275,12 +292,14 @@ class StageRun:
         return StageContext(self.number, self.shape, request.frames, request.rate, *grids)
 
     def _start(self, video: LatentState, audio: LatentState) -> State:
-        seed = stage_seed(self.request.seed, self.number, self.stage.seed)
-        shapes = [state.initial.shape for state in (video, audio)]
-        noises = initial_noise(shapes, seed, self.networks.device)
-        pairs = zip((video, audio), noises, strict=True)
+        pairs = zip((video, audio), self._noises(video, audio), strict=True)
         scale = self.sigmas[0] if self.stage.noise is None else self.stage.noise
         return tuple(state.noised(noise, scale) for state, noise in pairs)
+
+    def _noises(self, video: LatentState, audio: LatentState) -> State:
+        seed = stage_seed(self.request.seed, self.number, self.stage.seed)
+        shapes = [state.initial.shape for state in (video, audio)]
+        return initial_noise(shapes, seed, self.networks.device)
 
     def _sde_noise(self, shapes: list[torch.Size]) -> SdeNoise:
         seeds = {kind: sde_seed(self.request.seed, self.number, kind) for kind in SDE_KINDS}
@@ -294,7 +313,25 @@ class StageRun:
             return prompt
         return relayed(prompt, prompts.passages, relay, state, self._context())
 
-    def _denoiser(self, video: LatentState, audio: LatentState, prompts: Prompts) -> Denoiser:
+    def _identity(self) -> Identity | None:
+        voice = self.request.conditions.voice
+        if voice is None or not voice.identity or self.number + 1 not in voice.stages:
+            return None
+        return Identity(voice.identity, *voice.span)
+
+    def _scales(self, sound: bool) -> BranchScales:
+        tuning = self.request.tuning
+        pairs = (tuning.video, tuning.audio_to_video), (tuning.audio, tuning.video_to_audio)
+        return BranchScales(*pairs[sound], tuning.covered())
+
+    def _denoiser(
+        self,
+        video: LatentState,
+        audio: LatentState,
+        prompts: Prompts,
+        control: ChannelControl | None,
+        moments: tuple[Moments | None, Moments | None],
+    ) -> Denoiser:
         def first_is_finite(evaluation: Evaluation) -> None:
             # Only once a stage: looking at values makes the host wait for the device.
             if evaluation.sigma == self.sigmas[0]:
@@ -302,8 +339,22 @@ class StageRun:
 
         return Denoiser(
             self.transformer,
-            Stream(video, self._prompt(prompts, video, sound=False), self.stage.video),
-            Stream(audio, self._prompt(prompts, audio, sound=True), self.stage.audio),
+            Stream(
+                video,
+                self._prompt(prompts, video, sound=False),
+                self.stage.video,
+                control,
+                moments=moments[0],
+                scales=self._scales(sound=False),
+            ),
+            Stream(
+                audio,
+                self._prompt(prompts, audio, sound=True),
+                self.stage.audio,
+                identity=self._identity(),
+                moments=moments[1],
+                scales=self._scales(sound=True),
+            ),
             first_is_finite,
             SAMPLERS[self.stage.sampler].needs_uncond,
         )

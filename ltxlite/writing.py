@@ -16,10 +16,11 @@ from ltxlite.delivery import (
     delivered_sound,
     edit_of,
 )
-from ltxlite.media.audio import write_wav
+from ltxlite.media.audio import fit_length, write_wav
 from ltxlite.media.frame_writer import FrameWriter, create_frames
 from ltxlite.media.output import VideoSettings
 from ltxlite.media.remux import replace_sound
+from ltxlite.media.sound_writer import check_sound_file, write_sound
 from ltxlite.media.video_writer import VideoWriter, create_video
 from ltxlite.progress import Clock
 from ltxlite.request import Request
@@ -41,6 +42,22 @@ class Written:
 
     frames: int
     size: tuple[int, int]
+
+
+def check_output(request: Request) -> None:
+    """Refuse, before any work, a place that cannot hold sound alone. Raises MediaError."""
+    if not request.picture:
+        check_sound_file(Path(request.output.path))
+
+
+def write_sound_alone(request: Request, sound: Sound) -> Written:
+    """Write a job that makes no picture, as long as it says."""
+    waveform, rate = sound
+    exact = fit_length(waveform.cpu().float(), round(request.seconds * rate))
+    write_sound(Path(request.output.path), exact, rate, _tags(request))
+    if request.output.wav is not None:
+        write_wav(Path(request.output.wav), exact, rate)
+    return Written(request.frames, (0, 0))
 
 
 def write_clip(request: Request, made: Made, grids: Grids, clock: Clock) -> Written:
@@ -70,7 +87,14 @@ def without_first(frames: Iterator[Tensor], request: Request) -> Iterator[Tensor
         kept = piece[left:]
         left = max(0, left - len(piece))
         if len(kept):
-            yield kept
+            yield without_borders(kept, request)
+
+
+def without_borders(frames: Tensor, request: Request) -> Tensor:
+    """Return frames (f, 3, H, W) less the borders that the request cuts off; a view."""
+    left, above, right, below = request.output.cut
+    height, width = frames.shape[-2:]
+    return frames[..., above : height - below, left : width - right]
 
 
 def _trimmed(request: Request, sound: Sound | None) -> Sound | None:

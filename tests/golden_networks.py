@@ -79,7 +79,7 @@ def _prepared(state: StreamState, stream: str) -> Outputs:
     every = slice(None)
 
     def rows(name: str) -> Tensor:
-        held = getattr(state, name)
+        held = getattr(state, name, None) or getattr(state.exchange, name)
         return held.rows[held.index].flatten(2)
 
     outputs = {

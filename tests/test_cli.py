@@ -61,6 +61,9 @@ def test_inspect_reads_upscalers_and_loras(capsys: pytest.CaptureFixture[str]) -
     )
     assert [file["components"] for file in told["files"]] == [["upscaler"], ["lora"]]
     assert "x1.5, 8 channels" in told["files"][0]["networks"]["upscaler"]
+    lora = told["files"][1]["networks"]["lora"]
+    assert lora.startswith("LoRA for LTX-2.3 (it changes gates or prompt modulation), rank 4, ")
+    assert "in 4 blocks, official names; changes video " in lora
 
 
 def test_doctor_reports_the_machine_and_what_real_files_would_tell(

@@ -101,7 +101,9 @@ def test_media_are_every_file_that_is_named_in_order() -> None:
         (lambda: Image("a", "soon"), "wanted a frame"),
         (lambda: Image("a", crf=52), "CRF 52"),
         (lambda: Image(""), "no file name"),
-        (lambda: Guide("a", attention=-0.1), "attention is -0.1"),
+        (lambda: Guide("a", attention=-0.1), "attention is -0.1, wanted 0 to 10"),
+        (lambda: Guide("a", attention=10.5), "attention is 10.5, wanted 0 to 10"),
+        (lambda: Image("a", "after"), "wanted a frame"),
         (lambda: Guide("a", "1.5"), "ref"),
         (lambda: Reference("a", downscale=0), "downscale is 0"),
         (lambda: Reference("a", stages=()), "stages"),
@@ -162,6 +164,18 @@ def test_flags_become_records_in_their_order() -> None:
     assert flags() == Conditions()
 
 
+def test_as_in_comfyui_one_strength_is_two() -> None:
+    conditions = flags(
+        *("--guide-mode", "comfy", "--guide", "a.png@9:1.5", "--guide", "b.mp4@9:0.5"),
+        *("--guide", "c.png@after:1,0.5:2"),
+    )
+    assert conditions.guides == (
+        Guide("a.png", "9", (1.0,), 1.5, comfy=True),
+        Guide("b.mp4", "9", (0.5,), 0.5, comfy=True),
+        Guide("c.png", "after", (1.0, 0.5), 2.0, comfy=True),
+    )
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -175,6 +189,9 @@ def test_flags_become_records_in_their_order() -> None:
         ("--audio-start", "1"),
         ("--denoise", "0.5"),
         ("--mask", "m.png"),
+        ("--guide-mode", "comfy", "--guide", "a.png:0.5,0.7"),
+        ("--guide-mode", "comfy", "--guide", "a.png:10.5"),
+        ("--guide", "a.png:1.5"),
     ],
 )
 def test_flags_that_say_nothing_are_refused(arguments: tuple[str, ...]) -> None:

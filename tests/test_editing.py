@@ -246,8 +246,11 @@ def test_video_to_video_starts_from_the_clip(bench: Bench, sound: bool) -> None:
     ("name", "codec", "layout", "rate"),
     [
         ("mono.wav", "pcm_s16le", "mono", 44_100),
+        ("stereo.wav", "pcm_s16le", "stereo", 44_100),
         ("song.mp3", "libmp3lame", "stereo", 44_100),
+        ("mono.mp3", "libmp3lame", "mono", 44_100),
         ("voice.m4a", "aac", "mono", 44_100),
+        ("song.m4a", "aac", "stereo", 44_100),
         ("film.wav", "pcm_s16le", "5.1", 48_000),
     ],
 )

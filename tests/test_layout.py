@@ -122,9 +122,15 @@ def test_errors_import_nothing_of_ours_and_requests_no_torch() -> None:
             "ltxlite.errors",
             "ltxlite.sampling.settings",
             "ltxlite.strength",
+            "ltxlite.tuning",
         ),
     )
-    assert not offending(r"ltxlite\.conditions", *OWN, "torch", allowed=("ltxlite.errors",))
+    checks = ("ltxlite.errors", "ltxlite.record_checks")
+    assert not offending(
+        r"ltxlite\.conditions", *OWN, "torch", allowed=(*checks, "ltxlite.hearing")
+    )
+    assert not offending(r"ltxlite\.hearing", *OWN, "torch", allowed=checks)
+    assert not offending(r"ltxlite\.record_checks", *OWN, "torch", allowed=("ltxlite.errors",))
 
 
 def test_nothing_of_ours_imports_tests_or_benchmarks() -> None:

@@ -124,6 +124,21 @@ def test_impossible_reference_factors_are_refused(tmp_path: Path, value: str) ->
         written(tmp_path / "x.safetensors", ONES, {"reference_downscale_factor": value})
 
 
+@pytest.mark.parametrize(
+    ("name", "metadata", "factors"),
+    [
+        ("x", {"ltx.reference_spatial_scale_factor": "4.0"}, (4, 1)),
+        ("x-ref0.5", {"reference_temporal_scale_factor": "3"}, (2, 3)),
+        ("x-ref0.55", {}, (1, 1)),
+    ],
+)
+def test_reference_factors_are_found_where_pipelines_find_them(
+    tmp_path: Path, name: str, metadata: dict[str, str], factors: tuple[int, int]
+) -> None:
+    lora = written(tmp_path / f"{name}.safetensors", ONES, metadata)
+    assert (lora.reference_downscale, lora.reference_temporal) == factors
+
+
 def test_a_file_that_is_no_lora_is_told_by_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="given as a LoRA, but it holds transformer"):
         open_lora(MODEL)

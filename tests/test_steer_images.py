@@ -86,7 +86,7 @@ def test_images_stand_where_kjs_node_puts_them(at: str, expected: int) -> None:
 )
 def test_guides_stand_at_pixel_frames_and_ref_before_the_first(at: str, frame: int) -> None:
     # features.md PART D: core -1 with 121 frames -> 120 -> latent 15; latent guide -1 -> -8.
-    assert guide_frame(Guide("a", at), STAGE) == frame
+    assert guide_frame(Guide("a", at), StageGiven(), STAGE) == frame
     if at != "ref":
         assert STAGE.grid.latent_index(frame) == {120: 15, 17: 3, 9: 2, 0: 0}[frame]
 

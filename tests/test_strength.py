@@ -6,10 +6,13 @@ import json
 import pytest
 
 from ltxlite.errors import RequestError
+from ltxlite.request import build
 from ltxlite.strength import Strength, parse_lora, parse_stages, stream_of
 
 OURS = "blocks.7.{}.self_attention.to_q"
 THEIRS = "transformer_blocks.7.{}.to_q"
+EARLY = Strength(0.8, 0.8, 0.8, steps=((0, 0, 0.5), (4, 7, 1.0)))
+TIMED = Strength(seconds=((0.5, 2.0, 0.8), (4.0, None, 1.0)), fade=0.25)
 
 
 @pytest.mark.parametrize(
@@ -49,14 +52,16 @@ def test_layers_belong_to_the_same_stream_by_our_names_and_by_those_of_files(
         ("0.7, audio=0", Strength(0.7, 0.0, 0.7)),
         ("blocks=0-23:0.5", Strength(blocks=((0, 23, 0.5),))),
         ("2,cross=0,blocks=40-47,blocks=3:-1", Strength(2, 2, 0, ((3, 3, -1.0), (40, 47, 1.0)))),
+        ("0.8,steps=4-7,steps=0:.5", EARLY),
+        ("seconds=4-,seconds=0.5s-2s:0.8,fade=.25", TIMED),
+        ("video=0,segments=2-3:0.5", Strength(0.0, segments=((2, 3, 0.5),))),
     ],
 )
 def test_a_strength_reads_back_from_its_text_and_from_json(text: str, strength: Strength) -> None:
     assert Strength.parse(text) == strength
     assert Strength.parse(str(strength)) == strength
     stored = json.loads(json.dumps(dataclasses.asdict(strength)))
-    stored["blocks"] = tuple(tuple(item) for item in stored["blocks"])
-    assert Strength(**stored) == strength
+    assert build(Strength, stored, "job") == strength
 
 
 def test_a_factor_is_that_of_the_stream_times_that_of_the_range() -> None:
@@ -72,6 +77,12 @@ def test_a_factor_is_that_of_the_stream_times_that_of_the_range() -> None:
     assert Strength.of(0.25).at("audio.head") == 0.25
 
 
+def test_ranges_of_steps_are_off_beside_them() -> None:
+    assert [EARLY.at_step(step) for step in range(6)] == [0.5, 0, 0, 0, 1, 1]
+    assert [TIMED.at_step(step) for step in (0, 9)] == [1, 1]
+    assert (EARLY.varies, TIMED.varies) == (False, True)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -84,6 +95,16 @@ def test_a_factor_is_that_of_the_stream_times_that_of_the_range() -> None:
         ("blocks=a-b:1", "'a-b:1' is no range"),
         ("blocks=5-3:1", "ranges go upwards"),
         ("blocks=0-5:1,blocks=5-9:2", "do not overlap"),
+        ("steps=3-1", "steps 3-1: ranges go upwards"),
+        ("steps=0-3,steps=3-4", "do not overlap"),
+        ("segments=0-1", "they count from 1"),
+        ("seconds=4-2", "seconds 4-2: ranges go upwards"),
+        ("seconds=0-,seconds=3-4", "do not overlap"),
+        ("seconds=3", "'3' is no range of seconds"),
+        ("seconds=0-1,segments=1", "both seconds and segments"),
+        ("fade=1", "fade without seconds"),
+        ("seconds=0-1,fade=1,fade=2", "'fade=2' is amiss"),
+        ("seconds=0-1,fade=5000", "fade is 5000.0 s, wanted 0 to 3600"),
         ("1e9", "'1e9' is no number"),
         ("101", "wanted -100 to 100"),
         ("nan", "'nan' is no number"),
@@ -119,6 +140,7 @@ def test_stages_are_numbers_with_commas_or_strengths_with_semicolons() -> None:
         ("C:/x/y.safetensors:0;1", "C:/x/y.safetensors", "0;1"),
         ("odd:name.safetensors:2", "odd:name.safetensors", "2"),
         ("s.safetensors:blocks=0-23:0.5", "s.safetensors", "blocks=0-23:0.5"),
+        ("s.safetensors:seconds=0-4:0.8;steps=0", "s.safetensors", "seconds=0-4:0.8;steps=0"),
         ("folder:1/s.safetensors", "folder:1/s.safetensors", "1"),
         ("no-suffix:0.5", "no-suffix", "0.5"),
     ],

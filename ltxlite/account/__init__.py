@@ -13,6 +13,7 @@ from ltxlite.account.job import Job, StageJob
 from ltxlite.account.media import (
     image_phase,
     picture_phase,
+    pixel_phases,
     sound_encoder_phase,
     sound_phases,
     upscale_phase,
@@ -68,11 +69,15 @@ def phases(
     for number, stage in enumerate(job.stages, start=1):
         if stage.upscaler is not None:
             before = job.stages[number - 2].shape
-            found.append(upscale_phase(components, number, before, stage.upscaler, levers))
+            if stage.upscaler == "pixels":
+                found += pixel_phases(components, number, before, stage, levers)
+            else:
+                found.append(upscale_phase(components, number, before, stage.upscaler, levers))
         found += stage_phases(components, number, stage, levers)
     last = job.stages[-1].shape
     found += sound_phases(components, last, levers)
-    found.append(picture_phase(components, last, levers))
+    if job.stages[-1].has_picture:
+        found.append(picture_phase(components, last, levers))
     return tuple(found)
 
 

@@ -80,6 +80,7 @@ def job_of(request: Request, networks: Networks, prompt_tokens: int = CONTEXT_LE
             stage.upscaler,
             avoided=avoided,
             relayed=request.conditions.relay is not None,
+            timed=any(stage.lora_strength(i).varies for i in range(len(request.files.loras))),
         )
         stages.append(_with_given(plain, request, networks, number))
     count = len(prompt_texts(request))
@@ -91,7 +92,9 @@ def _with_given(stage: StageJob, request: Request, networks: Networks, number: i
     conditions, shape = request.conditions, stage.shape
     if not conditions.media():
         return stage
-    from ltxlite.given.takes import stage_takes  # with Pillow and PyAV, for jobs with media only
+    # With Pillow and PyAV: for jobs with media only.
+    from ltxlite.given.takes import stage_takes
+    from ltxlite.given.voice import voice_tokens
 
     takes = stage_takes(request, networks, number, shape)
     encoded = [take.extent for take in takes.all]
@@ -100,7 +103,11 @@ def _with_given(stage: StageJob, request: Request, networks: Networks, number: i
     strengths = {of_stage(item.strengths, number) for item in conditions.images}
     strengths |= {of_stage(item.strengths, number) for item in conditions.guides}
     strengths |= {item.reference.strength for item in takes.references}
-    heard = conditions.sound is not None or conditions.source is not None
+    sound, voice = conditions.sound, conditions.voice
+    if sound is not None:
+        strengths.add(1 - sound.denoise)
+    heard = sound is not None or conditions.source is not None
+    voiced = voice_tokens(request, networks, number)
     return replace(
         stage,
         images=max((take.extent[0] for take in takes.images), default=0),
@@ -109,7 +116,10 @@ def _with_given(stage: StageJob, request: Request, networks: Networks, number: i
         held=conditions.source is not None,
         strengths=max(1, len(strengths - {0.0})),
         encoded=tuple(dict.fromkeys(encoded)),
-        sound=shape.audio_frames if heard else 0,
+        sound=max(shape.audio_frames if heard else 0, voiced),
+        voice=voiced,
+        identity=voice is not None and voice.identity > 0 and number + 1 in voice.stages,
+        partly=sound is not None and (sound.denoise > 0 or sound.pad == "prefix"),
     )
 
 

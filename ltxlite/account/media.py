@@ -1,5 +1,7 @@
 """The account of what surrounds sampling: upscaler, picture and sound decoders, image encoder."""
 
+from dataclasses import replace
+
 import torch
 
 from ltxlite.account.job import Extent, StageJob
@@ -55,6 +57,20 @@ def decode_beginning(
         done += frames.shape[2]
         if done >= _DECODED_FRAMES:
             break
+
+
+def pixel_phases(
+    components: Components, number: int, before: ClipShape, stage: StageJob, levers: Levers
+) -> list[Phase]:
+    """Return the phases that decode a stage's picture and encode it at the next one's size."""
+    decoded = picture_phase(components, before, levers)
+    encoded = image_phase(
+        components, number, replace(stage, encoded=(_extent(stage.shape),)), levers
+    )
+    return [
+        replace(decoded, name=f"decode for stage {number}"),
+        replace(encoded, name=f"encode for stage {number}"),
+    ]
 
 
 def sound_phases(components: Components, shape: ClipShape, levers: Levers) -> list[Phase]:

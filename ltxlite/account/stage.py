@@ -22,13 +22,15 @@ from ltxlite.conditioning import LatentState
 from ltxlite.denoise import Denoiser, Prompt, Stream
 from ltxlite.geometry import AudioGrid, LatentGrid, audio_positions, video_positions
 from ltxlite.linear import QuantLinear
+from ltxlite.low_rank import LowRankLinear, OverTime
 from ltxlite.math_mode import set_math
 from ltxlite.memory.blank import stored_bytes
 from ltxlite.models.connector import CONTEXT_LENGTH
-from ltxlite.models.passes import Avoided, ContextBias
+from ltxlite.models.passes import Avoided, ContextBias, Moments
 from ltxlite.models.transformer import AdaLN, Transformer
 from ltxlite.models.transformer_config import TransformerConfig
 from ltxlite.sampling.contract import Prediction, State, Tools
+from ltxlite.sampling.identity import Identity
 from ltxlite.sampling.samplers import SAMPLERS, sample
 from ltxlite.sampling.settings import Guidance
 
@@ -45,6 +47,11 @@ def stage_phases(
     transformer = made.network
     transformer.chunk = levers.chunk
     set_math(transformer, levers.math, levers.capability)
+    if stage.timed:
+        for module in transformer.modules():
+            if isinstance(module, LowRankLinear):
+                times = OverTime(torch.ones(1, device=META), 1.0)
+                module.times = [times for _ in module.sources]
     with torch.inference_mode():
         denoiser = make_denoiser(transformer, stage, levers.dtype)  # on the CPU: it looks at values
         with metered(levers) as meter:
@@ -74,10 +81,19 @@ def make_denoiser(transformer: Transformer, stage: StageJob, dtype: torch.dtype)
     negative = needs or any("uncond" in guidance.passes(0) for guidance in guidances)
     prompts = _prompts(config, stage, negative, dtype)
     streams = [
-        Stream(state, prompt, guidance)
-        for state, prompt, guidance in zip(_states(config, stage), prompts, guidances, strict=True)
+        Stream(state, prompt, guidance, moments=_moments(stage, state), identity=identity)
+        for state, prompt, guidance, identity in zip(
+            _states(config, stage), prompts, guidances, (None, _identity(stage)), strict=True
+        )
     ]
     return Denoiser(transformer, streams[0], streams[1], needs_uncond=needs)
+
+
+def _moments(stage: StageJob, state: LatentState) -> Moments | None:
+    """Put all tokens into one moment: the linears of each are alike, and come one by one."""
+    if not stage.timed:
+        return None
+    return Moments(torch.zeros(state.tokens, dtype=torch.int32), (((0, state.tokens),),))
 
 
 def _prompts(
@@ -93,7 +109,7 @@ def _prompts(
         )
         bias = None
         if stage.relayed:
-            tokens = shape.audio_frames if sound else stage.tokens
+            tokens = shape.audio_frames + stage.voice if sound else stage.tokens
             rows = torch.zeros(frames[sound] + 1, CONTEXT_LENGTH)
             bias = ContextBias(rows, torch.zeros(tokens, dtype=torch.int32))
         avoided = Avoided(away) if stage.avoided[sound] else None
@@ -104,7 +120,8 @@ def _prompts(
 def move_denoiser(denoiser: Denoiser, device: torch.device = META) -> None:
     """Bring what a denoiser was made with to a device."""
     known: dict[int, tuple[Tensor, Tensor]] = {}
-    for item in denoiser._streams:
+    voiceless = () if denoiser._unvoiced is None else (denoiser._unvoiced,)
+    for item in (*denoiser._streams, *voiceless):
         vars(item).update(
             {name: on_card(value, known, device) for name, value in vars(item).items()}
         )
@@ -144,7 +161,15 @@ def _states(config: TransformerConfig, stage: StageJob) -> tuple[LatentState, La
         video = _appended(video, extent, stage.weighted)
     initial = torch.zeros(1, shape.audio_frames, config.audio.channels)
     audio = conditioning.start(initial, audio_positions(shape.audio_frames, AudioGrid()))
+    if stage.voice:
+        voice = torch.zeros(1, stage.voice, config.audio.channels)
+        positions = conditioning.voice_positions(stage.voice, AudioGrid())
+        audio = conditioning.append_tokens(audio, voice, positions, 1.0)
     return video, audio
+
+
+def _identity(stage: StageJob) -> Identity | None:
+    return Identity(1.0) if stage.identity else None
 
 
 def _appended(state: LatentState, extent: Extent, weighted: bool) -> LatentState:

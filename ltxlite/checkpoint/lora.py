@@ -13,7 +13,7 @@ from ltxlite.checkpoint.lora_facts import LoraFacts, Scaling, header_scaling, lo
 from ltxlite.checkpoint.lora_names import ModuleNames, read_name
 from ltxlite.errors import CheckpointError
 from ltxlite.linear import QuantLinear
-from ltxlite.low_rank import LowRankLinear, LowRankTerm
+from ltxlite.low_rank import LowRankLinear, LowRankTerm, OverTime
 from ltxlite.release import release_name
 from ltxlite.strength import Strength
 from ltxlite_quant.tensor import QuantTensor
@@ -53,6 +53,11 @@ class Attached:
     source: str
     matched: int
     unmatched: tuple[str, ...]
+
+    def count(self) -> str:
+        """Return as text how much of the file applies, where not all of it is meant to."""
+        total = self.matched + len(self.unmatched)
+        return f"LoRA {self.source}: {self.matched} of {total} modules are those of the sound"
 
     def line(self) -> str:
         """Return the report as text, a warning where much of the file does not apply."""
@@ -171,12 +176,22 @@ def attach(model: nn.Module, loras: Sequence[Lora], naming: Naming) -> list[Atta
     return [one.report for one in placed]
 
 
-def set_strengths(model: nn.Module, strengths: Mapping[str, float | Strength]) -> None:
-    """Set the strength of every LoRA file, named by its path, in the whole model."""
+def set_strengths(
+    model: nn.Module, strengths: Mapping[str, float | Strength], step: int = 0
+) -> None:
+    """Set the strength of every LoRA file, named by its path, in the whole model, at a step."""
     by_source = {source: Strength.of(value) for source, value in strengths.items()}
+    of_step = {source: strength.at_step(step) for source, strength in by_source.items()}
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear):
-            module.strengths = [by_source[source].at(name) for source in module.sources]
+            module.strengths = [by_source[s].at(name) * of_step[s] for s in module.sources]
+
+
+def set_times(model: nn.Module, times: Mapping[str, OverTime]) -> None:
+    """Say how LoRA files, named by their paths, change over a clip; others do not."""
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.times = [times.get(source) for source in module.sources]
 
 
 def refuse_nan(term: LowRankTerm) -> None:

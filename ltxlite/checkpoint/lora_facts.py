@@ -9,26 +9,24 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ltxlite.checkpoint.config import model_version, parse_json
+from ltxlite.checkpoint.config import parse_json
 from ltxlite.checkpoint.files import OpenModel
+from ltxlite.checkpoint.generation import Told, Version, spoken, stated
 from ltxlite.checkpoint.lora_names import LoraName, read_name
 from ltxlite.errors import CheckpointError
 from ltxlite.strength import stream_of
 
-Version = tuple[int, ...]
-
-# In order; LTX-2.5 has 22B weights too.
-_WORDS = (
-    (re.compile(r"ltx[-_ ]?v?2[._]5", re.IGNORECASE), (2, 5)),
-    (re.compile(r"ltx[-_ ]?v?2[._]3|(?<!\d)22b", re.IGNORECASE), (2, 3)),
-    (re.compile(r"ltx[-_ ]?v?2[._]0|(?<!\d)19b", re.IGNORECASE), (2, 0)),
-)
-# Keys of a header that may name the base model.
-_SAYING = re.compile(r"base_?model|model_name|modelspec\.|ss_(base_model|sd_model)|checkpoint")
 _BLOCK = re.compile(r"transformer_blocks[._](\d+)[._]")
 _OLD_CONNECTOR = 3840
+
+Factor = Literal["downscale", "temporal"]
+_FACTOR_KEYS: dict[Factor, tuple[str, ...]] = {
+    "downscale": ("reference_downscale_factor", "reference_spatial_scale_factor"),
+    "temporal": ("reference_temporal_scale_factor",),
+}
+_FACTOR_IN_NAME = re.compile(r"-ref(0\.5|0\.25)(?!\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +98,8 @@ def lora_facts(model: OpenModel) -> LoraFacts:
         tuple(sorted({int(m[1]) for module in ranks if (m := _BLOCK.search(module))})),
         version,
         evidence,
-        _factor(model, "reference_downscale_factor"),
-        _factor(model, "reference_temporal_scale_factor"),
+        factor_said(model, "downscale") or 1,
+        factor_said(model, "temporal") or 1,
     )
 
 
@@ -139,26 +137,18 @@ def header_scaling(metadata: Mapping[str, Any], where: str) -> Scaling:
     return Scaling(alpha, values.get("use_rslora") is True)
 
 
-def _version(model: OpenModel, names: Mapping[str, LoraName]) -> tuple[Version, str]:
+def _version(model: OpenModel, names: Mapping[str, LoraName]) -> Told:
     """Return the generation and what tells it: the header, layers only one has, or a name."""
-    if stated := model_version(model.metadata):
-        return stated, "model_version in its header"
-    said = {key: str(value) for key, value in model.metadata.items() if _SAYING.search(key)}
-    said["its file name"] = model.path.name
-    spoken = [
-        (version, key)
-        for key, text in said.items()
-        for pattern, version in _WORDS
-        if pattern.search(text)
-    ]
+    if told := stated(model):
+        return told
+    words = spoken(model)
     if shown := _shown_by_layers(model, names):
         # 2.5 has the layers of 2.3: only words tell them apart.
-        later = next((item for item in spoken if item[0] > shown[0] >= (2, 3)), None)
-        return later or shown
-    return spoken[0] if spoken else ((), "")
+        return next((item for item in words if item[0] > shown[0] >= (2, 3)), shown)
+    return words[0] if words else ((), "")
 
 
-def _shown_by_layers(model: OpenModel, names: Mapping[str, LoraName]) -> tuple[Version, str] | None:
+def _shown_by_layers(model: OpenModel, names: Mapping[str, LoraName]) -> Told | None:
     for name, read in names.items():
         shape = model.tensors[name].shape
         if "caption_projection" in read.module:
@@ -181,10 +171,19 @@ def _dotted(module: str) -> str:
     return re.sub(r"^transformer_blocks[._]\d+[._]", "N.", module)
 
 
-def _factor(model: OpenModel, key: str) -> int:
-    text = str(model.metadata.get(key, "1"))
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise CheckpointError(
-            f"{model.path}: {key} is {text!r}, wanted a whole number from 1 to 64"
-        )
-    return int(text)
+def factor_said(model: OpenModel, kind: Factor) -> int | None:
+    """Return the "downscale" or "temporal" factor of references that a file states, if it does.
+
+    Raises CheckpointError for a damaged number.
+    Source: LTX-2 400fd31 (metadata keys), the file names of Lightricks' releases; features.md F1.
+    """
+    for key, value in model.metadata.items():
+        if key.endswith(_FACTOR_KEYS[kind]):  # behind any prefix
+            text = str(value).removesuffix(".0")
+            if not text.isdecimal() or not 1 <= int(text) <= 64:
+                raise CheckpointError(
+                    f"{model.path}: {key} is {value!r}, wanted a whole number from 1 to 64"
+                )
+            return int(text)
+    found = _FACTOR_IN_NAME.search(model.path.name) if kind == "downscale" else None
+    return round(1 / float(found[1])) if found else None

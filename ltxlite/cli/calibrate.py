@@ -29,6 +29,7 @@ _CLIP_ONLY = (
     "--tiled-decode",
     "--tiled-encode",
     "--trim-head",
+    "--cut",
 )
 
 

@@ -7,6 +7,8 @@ import torch
 
 from ltxlite.checkpoint.config import model_version
 from ltxlite.checkpoint.files import ModelFiles, OpenModel
+from ltxlite.checkpoint.generation import upscaler_generation
+from ltxlite.checkpoint.lora_facts import lora_facts
 from ltxlite.checkpoint.recognise import unclaimed
 from ltxlite.checkpoint.variant import variant_of
 from ltxlite.errors import LtxliteError
@@ -78,6 +80,7 @@ def _networks(model: OpenModel) -> dict[str, str]:
         "vocoder": lambda: f"{networks.vocoder_config().sample_rate} Hz",
         "upscaler": lambda: _upscaler(model),
         "text_encoder": lambda: _gemma(networks),
+        "lora": lambda: "; ".join(lora_facts(model).lines()),
     }
     lines = {}
     for component in model.components:
@@ -123,8 +126,9 @@ def _audio(networks: Networks) -> str:
 
 
 def _upscaler(model: OpenModel) -> str:
-    config = upscaler_config(model)
-    return f"{config.kind}, {config.latent_channels} channels, width {config.width}"
+    config, told = upscaler_config(model), upscaler_generation(model)
+    version = "" if told is None else f"LTX-{'.'.join(map(str, told[0][:2]))} ({told[1]}), "
+    return f"{version}{config.kind}, {config.latent_channels} channels, width {config.width}"
 
 
 def _gemma(networks: Networks) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ltxlite.cli import generate
 
 if TYPE_CHECKING:
-    from ltxlite.conditions import Source
+    from ltxlite.conditions import Reference, Source
     from ltxlite.media.timing import Timing
     from ltxlite.request import Stage
 
@@ -51,13 +51,16 @@ class Job:
     """What a verb makes of its flags.
 
     source: its record.  frames: of the clip, 8n + 1.  notes: told before anything begins.  stages:
-    turns the preset's into the job's.
+    turns the preset's into the job's.  references: what is seen besides those of the flags.
+    multiple: what sides must also be multiples of, in latent places.
     """
 
     source: "Source"
     frames: int
     notes: tuple[str, ...] = ()
     stages: Callable[[tuple["Stage", ...]], tuple["Stage", ...]] = tuple
+    references: tuple["Reference", ...] = ()
+    multiple: int = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
@@ -99,11 +102,15 @@ def run(options: argparse.Namespace, plan: Callable[[Existing], Job], most: int 
             terminal.note(note)
         options.stages = options.stages or 1
         options.frames = job.frames
-        options.size = options.size or model_size(existing, options, most or _MOST_PIXELS)
+        multiple = _MULTIPLES[options.stages] * job.multiple
+        options.size = options.size or model_size(
+            existing, job.source, multiple, most or _MOST_PIXELS
+        )
         options.mask = options.denoise = None  # they are in the source's record
         request, networks = new_job(options, terminal.note)
         refuse_output(job.source, request.output.path)
-        conditions = replace(request.conditions, source=job.source)
+        references = (*request.conditions.references, *job.references)
+        conditions = replace(request.conditions, source=job.source, references=references)
         stages = request.stages if options.sigmas else partial_stages(request.stages, conditions)
         request = replace(
             request,
@@ -148,10 +155,11 @@ def open_existing(options: argparse.Namespace) -> Existing:
     return Existing(options.source, timing, rate, *size, info.audio_rate is not None, magnify)
 
 
-def model_size(existing: Existing, options: argparse.Namespace, most: int) -> str:
+def model_size(existing: Existing, source: "Source", multiple: int, most: int) -> str:
     """Return the size to make frames at: the clip's, on the next grid lines, of so many pixels."""
-    multiple = _MULTIPLES[options.stages]
-    sides = [float(side * existing.magnify) for side in (existing.width, existing.height)]
+    left, above, right, below = source.pad
+    canvas = existing.width + left + right, existing.height + above + below
+    sides = [float(side * existing.magnify) for side in canvas]
     scale = min(1.0, math.sqrt(most / math.prod(sides)))
     width, height = (max(1, math.ceil(round(side * scale) / multiple)) * multiple for side in sides)
     return f"{width}x{height}"

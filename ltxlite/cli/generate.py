@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltxlite.cli.prompting import add_prompts
+from ltxlite.cli.statistics import add_statistics
 from ltxlite.cli.steering import add_steering
+from ltxlite.cli.tuning import add_tuning
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompts(parser)
     add_steering(parser)
     _add_sampling(parser)
+    add_statistics(parser)
+    add_tuning(parser)
     _add_running(parser)
+    parser.set_defaults(picture=True)
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +60,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH[:S1[,S2]]",
-        help="LoRA and its strength in each stage (default 1; the last serves the rest)",
+        help="LoRA and its strength in each stage (default 1; the last serves the rest); or, "
+        "stages apart by ;, video=0.8,audio=0,cross=1,blocks=0-23:0.5,steps=0-3,seconds=0-4,fade=1 "
+        "or segments=2 of --segments",
     )
 
 
@@ -140,6 +147,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="leave the first N frames out, and their sound (default 0)",
+    )
+    group.add_argument(
+        "--cut",
+        metavar="L,T,R,B",
+        help="leave out so many pixels at the left, above, at the right, below (default 0,0,0,0)",
     )
     group.add_argument(
         "--tiled-decode",
@@ -258,9 +270,12 @@ def show_result(request: "Request", result: "Result", as_json: bool) -> None:
 
     total = sum(result.seconds.values())
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items())
+    made = f"{float(request.seconds):.2f} s of sound"
+    if request.picture:
+        width, height = result.size
+        made = f"{width}x{height}, {result.frames} frames at {request.fps} fps"
     print_result(
-        f"{result.path}  {result.size[0]}x{result.size[1]}, {result.frames} frames at "
-        f"{request.fps} fps, seed {request.seed}\n{total:.1f} s: {parts}",
+        f"{result.path}  {made}, seed {request.seed}\n{total:.1f} s: {parts}",
         {
             "path": str(result.path),
             "frames": result.frames,

@@ -12,8 +12,12 @@ from typing import Any
 
 from ltxlite.catalog import SOURCES
 from ltxlite.checkpoint.variant import disagreement, variant_of
+from ltxlite.cli.hearing import where_heard, with_hearing
+from ltxlite.cli.lint import lint
 from ltxlite.cli.prompting import with_prompts
+from ltxlite.cli.statistics import with_statistics
 from ltxlite.cli.steering import with_media
+from ltxlite.cli.tuning import tuning_of
 from ltxlite.conditions import Conditions
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.geometry import size_multiple
@@ -32,6 +36,7 @@ from ltxlite.presets import (
     Model,
     needs_distilled_lora,
     stages_for,
+    without_picture,
 )
 from ltxlite.relay_text import Extent
 from ltxlite.request import Files, Output, Request, Stage, Tiles, parse_fraction
@@ -42,18 +47,17 @@ from ltxlite.strength import Strength, parse_lora
 Note = Callable[[str], None]
 DEFAULT_FRAMES = 121
 DEFAULT_OUTPUT = "out.mp4"
-TALLEST, WIDEST_SQUARE = 1600, 1536  # pixels (features A3)
-ADVISED_TOKENS = 15_000  # of the first stage; beyond 20 000 grids and colour loss (features A3)
 
 
 def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]:
     """Build a request from flags and the checkpoint's defaults."""
-    if options.prompt is None:
+    if options.prompt is None and options.schedule is None:
         raise RequestError('no prompt: say what to see and hear with --prompt "..."')
     files, strengths = files_of(options)
     exact = exact_layers(Path(options.exact)) if options.exact else ()
     given = (options.device, options.dtype, options.quantize, options.math, exact)
     networks = open_networks(files, *given)
+    networks.sound_alone = not options.picture
     model = _model(networks, options.variant, note)
     stages = _stages(options, model)
     if needs_distilled_lora(stages, model) and not options.distilled_lora:
@@ -61,7 +65,10 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
     refuse_missing(stages, networks)
     media = with_media(Conditions(), options)
     strengths = _where_referred(options.lora, strengths, media, len(stages), note)
+    strengths = where_heard(options.lora, strengths, media.voice, len(stages), note)
     stages = _with_loras(stages, strengths, bool(options.distilled_lora))
+    stages = with_statistics(stages, options, media)
+    stages = with_hearing(stages, options, media.voice)
     downscales = _downscales(media, files, networks)
     width, height, crop = _size(options, stages, networks, downscales, note)
     frames = _frames(options, networks, note)
@@ -85,15 +92,26 @@ def new_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]
         exact=exact,
         encode_tiles=parse_tiles(options.tiled_encode, "--tiled-encode"),
         conditions=conditions,
+        tuning=tuning_of(options),
+        picture=options.picture,
     )
-    _lint(request, networks, model, bool(options.distilled_lora), note)
+    lint(request, networks, model, bool(options.distilled_lora), note)
     return request, networks
 
 
 def _output(options: argparse.Namespace, crop: tuple[int, int] | None) -> Output:
     tiles = parse_tiles(options.tiled_decode, "--tiled-decode")
     path = options.output or DEFAULT_OUTPUT
-    return Output(path, options.crf, crop, options.wav, tiles, options.trim_head)
+    cut = _cut(options.cut)
+    return Output(path, options.crf, crop, options.wav, tiles, options.trim_head, cut)
+
+
+def _cut(text: str | None) -> tuple[int, int, int, int]:
+    sides = [] if text is None else text.split(",")
+    if text is not None and not (len(sides) == 4 and all(side.isdecimal() for side in sides)):
+        raise RequestError(f"--cut {text!r}: wanted pixels left, top, right, bottom: 0,0,640,0")
+    left, above, right, below = map(int, sides or "0000")
+    return left, above, right, below
 
 
 def load_job(options: argparse.Namespace, note: Note) -> tuple[Request, Networks]:
@@ -181,6 +199,8 @@ def _stages(options: argparse.Namespace, model: Model) -> tuple[Stage, ...]:
             raise RequestError(f"--{name} given {len(given)} times for {len(stages)} stages")
         for index, value in enumerate(given):
             stages[index] = replace(stages[index], **{field: value})
+    if not options.picture:
+        stages = [without_picture(stages[0])]
     if options.sound is not None:
         stages[1:] = [replace(stage, sound=options.sound) for stage in stages[1:]]
     return tuple(stages)
@@ -221,13 +241,19 @@ def _value(name: str, text: str) -> float | int | tuple[float, ...]:
     try:
         if name == "skip_step":
             return int(text)
-        values = tuple(float(part) for part in text.split(","))
+        values = tuple(value for part in text.split(",") for value in _repeated(part))
     except ValueError:
         flag = name.replace("_", "-")
         raise RequestError(f"--{flag} {text!r}: wanted a number, or two as 3:7") from None
     if len(values) > 1 and name != "cfg":
         raise RequestError(f"--{name} {text!r}: only --cfg takes one value a step")
     return values if len(values) > 1 else values[0]
+
+
+def _repeated(text: str) -> tuple[float, ...]:
+    """Read a number, or as 2x3 a number three times: one for each of so many steps."""
+    value, _, count = text.partition("x")
+    return (float(value),) * (min(int(count), 1000) if count else 1)
 
 
 def _with_loras(
@@ -329,7 +355,9 @@ def _frames(options: argparse.Namespace, networks: Networks, note: Note) -> int:
         wanted = max(1, round(options.seconds * float(fps)))
         # The nearest legal length; a clip may be a sixth of a second off at 24 fps.
         return grid.snap_frames(wanted + grid.time // 2)
-    frames = DEFAULT_FRAMES if options.frames is None else options.frames
+    frames: int = DEFAULT_FRAMES if options.frames is None else options.frames
+    if not options.picture:
+        return frames
     snapped = grid.snap_frames(frames)
     if snapped != frames:
         message = f"{frames} frames: a clip has {grid.time}n + 1"
@@ -337,28 +365,3 @@ def _frames(options: argparse.Namespace, networks: Networks, note: Note) -> int:
             raise RequestError(f"{message}; the nearest below is {snapped}")
         note(f"{message}; using {snapped}")
     return snapped
-
-
-def _lint(
-    request: Request, networks: Networks, model: Model, distilled_lora: bool, note: Note
-) -> None:
-    grid = networks.latent_grid()
-    first = request.stages[0].fraction
-    tokens = (
-        int(request.width * first / grid.space)
-        * int(request.height * first / grid.space)
-        * grid.latent_frames(request.frames)
-    )
-    if tokens > ADVISED_TOKENS:
-        note(
-            f"warning: the first stage has {tokens} latent places; beyond {ADVISED_TOKENS} "
-            "quality falls (grids, lost colour): smaller, shorter or one stage more helps"
-        )
-    if request.height >= TALLEST > request.width:
-        note(f"warning: portrait clips of {TALLEST} rows and more tend to fall apart")
-    if request.width == request.height and request.width > WIDEST_SQUARE:
-        note(f"warning: square clips above {WIDEST_SQUARE} pixels may shift in colour")
-    if model.variant == "distilled" and distilled_lora:
-        note("warning: a distilled LoRA on a distilled checkpoint overcooks the picture; drop one")
-    if not request.prompt.strip():
-        note("the prompt is empty: the clip will be whatever the model likes")

@@ -2,8 +2,9 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
-from ltxlite.conditions import Conditions, Nag, Relay
+from ltxlite.conditions import Conditions, Nag, Relay, Segment
 from ltxlite.errors import RequestError
 from ltxlite.relay_text import Extent, parse_segments
 
@@ -25,6 +26,18 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help='prompts one after another, besides --prompt: "a | b | c" share the clip evenly, '
         '"[0s:4s] a [4s:] b" say when (also 25%%, 0:05, or frames from 1)',
+    )
+    group.add_argument(
+        "--schedule",
+        metavar="FILE",
+        help='the same from a file, a line each: "0:05-0:12: text", "0:12+: text"; the last line '
+        "that names a time wins",
+    )
+    group.add_argument(
+        "--schedule-blend",
+        type=float,
+        metavar="S",
+        help="seconds in which a line passes into the next (default: as --relay-eps)",
     )
     group.add_argument(
         "--relay-eps",
@@ -63,14 +76,17 @@ def _nag(options: argparse.Namespace) -> Nag | None:
 
 
 def _relay(options: argparse.Namespace, extent: Extent) -> tuple[str, Relay | None]:
-    if options.segments is None:
-        for name in ("relay_eps", "relay_strength"):
-            if getattr(options, name) is not None:
-                flag = name.replace("_", "-")
-                raise RequestError(f'--{flag} without --segments; give some, as "a | b"')
+    _refuse_idle(options)
+    if options.schedule is not None:
+        also, segments = _scheduled(Path(options.schedule), extent)
+    elif options.segments is not None:
+        also, segments = parse_segments(options.segments, extent)
+    else:
         return options.prompt, None
-    also, segments = parse_segments(options.segments, extent)
-    relay = Relay(segments)
+    prompt = f"{options.prompt or ''} {also}".strip() if also else options.prompt or ""
+    if not segments:
+        return prompt, None
+    relay = Relay(segments, blend=options.schedule_blend)
     if options.relay_eps is not None:
         relay = replace(relay, epsilon=options.relay_eps)
     if options.relay_strength is not None:
@@ -78,7 +94,34 @@ def _relay(options: argparse.Namespace, extent: Extent) -> tuple[str, Relay | No
         if len(values) > 2:
             raise RequestError(f"--relay-strength {options.relay_strength!r}: wanted V or V:A")
         relay = replace(relay, video=values[0], audio=values[-1])
-    return f"{options.prompt} {also}".strip() if also else options.prompt, relay
+    return prompt, relay
+
+
+def _refuse_idle(options: argparse.Namespace) -> None:
+    """Refuse flags that say nothing without another one, or against it."""
+    if options.segments is not None and options.schedule is not None:
+        raise RequestError("--schedule and --segments both say what is shown when; give one")
+    if options.schedule is None and options.schedule_blend is not None:
+        raise RequestError("--schedule-blend without --schedule; name a file")
+    if options.schedule_blend is not None and options.relay_eps is not None:
+        raise RequestError("--relay-eps with --schedule-blend: both say how prompts pass; give one")
+    for name in ("relay_eps", "relay_strength"):
+        given = options.segments is not None or options.schedule is not None
+        if getattr(options, name) is not None and not given:
+            flag = name.replace("_", "-")
+            raise RequestError(f'--{flag} without --segments; give some, as "a | b"')
+
+
+def _scheduled(path: Path, extent: Extent) -> tuple[str, tuple[Segment, ...]]:
+    """Return what a file shows when, or the one prompt that it shows all the time."""
+    from ltxlite.prompt_schedule import parse_schedule
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--schedule {path}: cannot be read ({error})") from None
+    parts = parse_schedule(text, str(path)).parts(extent.seconds)
+    return (parts[0].text, ()) if len(parts) == 1 else ("", parts)
 
 
 def _numbers(flag: str, text: str, mark: str, example: str) -> tuple[float, ...]:

@@ -1,40 +1,49 @@
-"""Flags that name images, clips and sound, and how they become conditions of a job."""
+"""Flags that name images and clips, and how all media become conditions of a job."""
 
 import argparse
 import re
 from dataclasses import dataclass, replace
 
-from ltxlite.conditions import Conditions, ControlKind, Guide, Image, Reference, Sound, Source
+from ltxlite.cli.hearing import add_hearing, sound_of, voice_of
+from ltxlite.conditions import Conditions, ControlKind, Guide, Image, Reference, Source
 from ltxlite.errors import RequestError
 
 # Behind the last of these a path ends; C:\x.png@0:0.7 has no such colon after its drive.
-_PLACE = r"(?:-?\d+|\d+(?:\.\d+)?[s%]|last|ref)"
+_PLACE = r"(?:-?\d+|\d+(?:\.\d+)?[s%]|last|ref|after)"
 _NUMBER = r"\d*\.?\d+"
 _PICTURE = re.compile(
     rf"(?P<path>.+?)(?:@(?P<at>{_PLACE}))?(?::(?P<strengths>{_NUMBER}(?:,{_NUMBER})*))?"
     rf"(?::(?P<attention>{_NUMBER}))?",
     re.DOTALL,
 )
-_CANNY = "canny:"
+_KINDS: tuple[ControlKind, ...] = ("canny", "tracks")
 
 
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    group = parser.add_argument_group("images, clips and sound that steer")
+    group = parser.add_argument_group("images and clips that steer")
     group.add_argument(
         *("--image", "--guide"),
         action=_InOrder,
         default=[],
         metavar="PATH[@AT][:S1[,S2]]",
         help="--image replaces frames, --guide [...:ATTENTION] is shown beside them; stills and "
-        "videos; AT: frame, -1, 2.5s, 50%%, last, and ref (before frame 0) for guides (default "
-        "0); a strength a stage (default 1); may be repeated",
+        "videos; AT: frame, -1, 2.5s, 50%%, last, for guides ref (before frame 0) and after "
+        "(behind references) (default 0); a strength a stage (default 1); may be repeated",
+    )
+    group.add_argument(
+        "--guide-mode",
+        choices=("official", "comfy"),
+        default="official",
+        help="comfy: as ComfyUI's node, which puts videos at the beginning of a latent frame and "
+        "takes a guide's strength, 0 to 10, as its attention too (default official)",
     )
     group.add_argument(
         "--image-crf", type=int, help="H.264 that stills pass first, 0 off (default by model: 33)"
     )
     _add_references(group)
     _add_sources(group)
+    add_hearing(parser)
 
 
 def _add_references(group: "argparse._ArgumentGroup") -> None:
@@ -42,9 +51,18 @@ def _add_references(group: "argparse._ArgumentGroup") -> None:
         "--reference",
         action="append",
         default=[],
-        metavar="[canny:]PATH[:STRENGTH[:ATTENTION]]",
-        help="clip or still that an IC-LoRA (--lora) follows; canny: draws its edges first; may "
-        "be repeated",
+        metavar="[canny:|tracks:]PATH[:STRENGTH[:ATTENTION]]",
+        help="clip or still that an IC-LoRA (--lora) follows; canny: draws its edges first, "
+        "tracks: the motion tracks of a JSON file; may be repeated",
+    )
+    group.add_argument(
+        "--tracks",
+        action="append",
+        dest="reference",
+        type=lambda text: f"tracks:{text}",
+        metavar="JSON[:STRENGTH[:ATTENTION]]",
+        help='motion tracks that an IC-LoRA follows: [[{"x": 1, "y": 2}, ...], ...] in pixels '
+        "of the clip, points spread over it",
     )
     group.add_argument(
         "--reference-mask",
@@ -65,17 +83,6 @@ def _add_references(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_sources(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--audio", metavar="PATH", help="sound that the clip is made to")
-    group.add_argument("--audio-start", type=float, metavar="S", help="second of it to begin at")
-    group.add_argument(
-        "--audio-denoise", type=float, metavar="X", help="0 keeps it, 1 replaces it (default 0)"
-    )
-    group.add_argument(
-        "--audio-output",
-        choices=("original", "decoded"),
-        help="what is heard: the file, or what the model makes of it (default original, decoded "
-        "with --audio-denoise)",
-    )
     group.add_argument("--init-video", metavar="PATH", help="clip that is made anew")
     group.add_argument(
         "--denoise", type=float, metavar="X", help="how much of it, 0 to 1 (default 0.5)"
@@ -131,7 +138,8 @@ def with_media(conditions: Conditions, options: argparse.Namespace) -> Condition
         images=tuple(_image(text, options) for flag, text in options.image if flag == "--image"),
         guides=tuple(_guide(text, options) for flag, text in options.image if flag == "--guide"),
         references=_references(options),
-        sound=_sound(options),
+        sound=sound_of(options),
+        voice=voice_of(options),
         source=_source(options),
     )
 
@@ -145,8 +153,19 @@ def _image(text: str, options: argparse.Namespace) -> Image:
 
 def _guide(text: str, options: argparse.Namespace) -> Guide:
     spec = parse_picture(text, "--guide")
-    attention = 1.0 if spec.attention is None else spec.attention
-    return Guide(spec.path, spec.at or "0", spec.strengths, attention, options.image_crf)
+    strengths, attention = spec.strengths, spec.attention
+    comfy = options.guide_mode == "comfy"
+    if comfy and attention is None:
+        if len(strengths) > 1:
+            raise RequestError(
+                f"--guide {text!r}: with --guide-mode comfy one strength is the attention too; "
+                "give one, or :ATTENTION"
+            )
+        attention = strengths[0]
+    if comfy:
+        strengths = tuple(min(strength, 1.0) for strength in strengths)
+    attention = 1.0 if attention is None else attention
+    return Guide(spec.path, spec.at or "0", strengths, attention, options.image_crf, comfy)
 
 
 def _references(options: argparse.Namespace) -> tuple[Reference, ...]:
@@ -162,8 +181,8 @@ def _references(options: argparse.Namespace) -> tuple[Reference, ...]:
 
 
 def _reference(text: str, mask: str | None, options: argparse.Namespace) -> Reference:
-    kind: ControlKind = "canny" if text.startswith(_CANNY) else "video"
-    spec = parse_picture(text.removeprefix(_CANNY), "--reference")
+    kind: ControlKind = next((k for k in _KINDS if text.startswith(f"{k}:")), "video")
+    spec = parse_picture(text.removeprefix(f"{kind}:"), "--reference")
     if spec.at is not None or len(spec.strengths) > 1:
         raise RequestError(f"--reference {text!r}: wanted PATH, PATH:STRENGTH or with :ATTENTION")
     return Reference(
@@ -184,20 +203,6 @@ def _stages(text: str | None) -> tuple[int, ...]:
     if not re.fullmatch(r"\d(,\d)*", text):
         raise RequestError(f"--reference-stages {text!r}: wanted numbers such as 1 or 1,2")
     return tuple(int(part) for part in text.split(","))
-
-
-def _sound(options: argparse.Namespace) -> Sound | None:
-    if options.audio is None:
-        for name in ("start", "denoise", "output"):
-            if getattr(options, f"audio_{name}") is not None:
-                raise RequestError(f"--audio-{name} without --audio")
-        return None
-    return Sound(
-        options.audio,
-        options.audio_start or 0.0,
-        options.audio_denoise or 0.0,
-        options.audio_output or ("decoded" if options.audio_denoise else "original"),
-    )
 
 
 def _source(options: argparse.Namespace) -> Source | None:

@@ -23,7 +23,7 @@ from ltxlite.convert.layout import text
 from ltxlite.convert.plan import Plan
 from ltxlite.convert.rows import Planned
 from ltxlite.convert.source import SourceFile, source_files
-from ltxlite.errors import CheckpointError
+from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.low_rank import LowRankDelta, LowRankTerm
 from ltxlite.strength import Strength
 
@@ -40,7 +40,14 @@ class BakedLora:
 
     @classmethod
     def open(cls, path: Path, strength: Strength) -> "BakedLora":
-        """Open a LoRA file. Raises CheckpointError for anything else."""
+        """Open a LoRA file. Raises CheckpointError for anything else.
+
+        Raises RequestError for strengths that change, which weights cannot.
+        """
+        if strength.varies or strength.steps:
+            raise RequestError(
+                f"{path}: a strength by step or time cannot be baked; give it to `generate --lora`"
+            )
         model = open_lora(path)
         return cls(model, read_lora(model), strength)
 

@@ -1,6 +1,7 @@
 """What a job is given besides text, as its stages see it: pictures, clips and sound, encoded.
 
-encode: from the request's files to these records.  pictures, sound, source: what each kind needs.
+encode: from the request's files to these records.  pictures, sound, voice, source: what each kind
+needs.
 takes: which frames of which file, where, and what is refused.
 """
 
@@ -39,9 +40,13 @@ class GivenSource:
 
 @dataclass(frozen=True, slots=True)
 class GivenSound:
-    """A sound as a stage is given it: the normalised latent (1, C, T, M), fp32, on the CPU."""
+    """A sound as a stage is given it: the normalised latent (1, C, T, M), fp32, on the CPU.
+
+    known: how many of its first frames the file fills, None all; what comes after is made.
+    """
 
     latent: Tensor
+    known: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ class StageGiven:
     """What one stage is given: normalised latents (1, C, f, Y, X), fp32, on the CPU.
 
     images, guides: one latent for each of the request, in its order.  references: those that this
-    stage sees.  source, sound: None where the request names none.
+    stage sees.  source, sound: None where the request names none.  voice: the latent (1, C, t, M)
+    of the voice that this stage hears.
     """
 
     images: tuple[Tensor, ...] = ()
@@ -57,6 +63,7 @@ class StageGiven:
     references: tuple[GivenReference, ...] = ()
     source: GivenSource | None = None
     sound: GivenSound | None = None
+    voice: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,16 @@ Encoding happens once, before the transformer is loaded, and depends on nothing 
 the files that it names: a job that is continued encodes again, to the same bits.
 """
 
+from dataclasses import replace
+
+from torch import Tensor
+
 from ltxlite.given import Given, GivenSound, GivenSource, StageGiven
 from ltxlite.given.pictures import StagePictures, encode_pictures
 from ltxlite.given.sound import check_sound, encode_sound
 from ltxlite.given.source import check_source, encode_source
 from ltxlite.given.takes import stage_takes
+from ltxlite.given.voice import check_voice, encode_voice
 from ltxlite.networks import Networks
 from ltxlite.progress import Clock
 from ltxlite.request import Request
@@ -26,7 +31,8 @@ def encode_given(request: Request, networks: Networks, clock: Clock) -> Given:
     pictures = encode_pictures(request, networks, clock)
     sources = encode_source(request, networks, clock)
     sounds = encode_sound(request, networks, clock)
-    stages = zip(pictures, sources, sounds, strict=True)
+    voices = encode_voice(request, networks, clock)
+    stages = zip(pictures, sources, sounds, voices, strict=True)
     return Given(tuple(_stage(*parts) for parts in stages))
 
 
@@ -36,18 +42,22 @@ def check_given(request: Request, networks: Networks) -> None:
     Raises MediaError, RequestError, or CheckpointError where no file holds the encoder.
     """
     conditions = request.conditions
-    heard = () if conditions.sound is None else (conditions.sound.path,)
-    if set(conditions.media()) - set(heard):
+    if replace(conditions, sound=None, voice=None).media():
         networks.need("video_encoder")
-    if conditions.sound or conditions.source:
+    if conditions.sound or conditions.source or conditions.voice:
         networks.need("audio_encoder")
     check_sound(request)
+    check_voice(request)
     check_source(request)
     for number, stage in enumerate(request.stages):
         stage_takes(request, networks, number, stage_shape(request, stage, networks))
 
 
 def _stage(
-    pictures: StagePictures, source: GivenSource | None, sound: GivenSound | None
+    pictures: StagePictures,
+    source: GivenSource | None,
+    sound: GivenSound | None,
+    voice: Tensor | None,
 ) -> StageGiven:
-    return StageGiven(pictures.images, pictures.guides, pictures.references, source, sound)
+    shown = pictures.images, pictures.guides, pictures.references
+    return StageGiven(*shown, source, sound, voice)

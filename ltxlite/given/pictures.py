@@ -14,8 +14,8 @@ from ltxlite.conditions import Guide, Image, frame_at
 from ltxlite.geometry import LatentGrid
 from ltxlite.given import GivenReference
 from ltxlite.given.footage_latents import encode_footage
+from ltxlite.given.reference_pixels import reference_pixels
 from ltxlite.given.takes import ReferenceTake, StageTakes, Take, stage_takes
-from ltxlite.media.edges import canny
 from ltxlite.media.image import fit_cover
 from ltxlite.media.recompress import default_crf, recompress
 from ltxlite.models.video_vae import VideoEncoder
@@ -103,14 +103,15 @@ class _Maker:
         )
 
     def _picture(self, item: Image | Guide, take: Take) -> Tensor:
-        frames = take.footage.frames(take.chosen)
+        frames = take.frames()
         if take.footage.is_still:
             crf = self._crf if item.crf is None else item.crf
             frames = (recompress(frame, crf) for frame in frames)
         return self._encoded(fit_cover(frame, *self._size(take)) for frame in frames)
 
     def _reference(self, item: ReferenceTake) -> GivenReference:
-        latent = self._encoded(self._reference_pixels(item))
+        frames = reference_pixels(self._request, item, self._size(item.take))
+        latent = self._encoded(frames)
         reference = item.reference
         weight = None
         if item.mask is not None:
@@ -119,19 +120,8 @@ class _Maker:
             weight = torch.full((item.take.tokens,), reference.attention)
         return GivenReference(latent, reference.strength, item.downscale, item.temporal, weight)
 
-    def _reference_pixels(self, item: ReferenceTake) -> Iterator[Tensor]:
-        height, width = self._size(item.take)
-        for frame in item.take.footage.frames(item.take.chosen):
-            if item.reference.kind == "video":
-                yield fit_cover(frame, height, width)
-                continue
-            # Edges are drawn at the clip's size and then shrunk, as in training: features.md F2.
-            full = fit_cover(frame, height * item.downscale, width * item.downscale)
-            lines = canny(((full + 1) * 127.5).round().to(torch.uint8).movedim(0, -1))
-            yield F.avg_pool2d(lines.movedim(-1, 0) / 127.5 - 1, item.downscale)
-
     def _mask_pixels(self, take: Take) -> Iterator[Tensor]:
-        for frame in take.footage.frames(take.chosen):
+        for frame in take.frames():
             yield (fit_cover(frame, *self._size(take)).mean(0) + 1) / 2
 
     def _encoded(self, frames: Iterable[Tensor]) -> Tensor:

@@ -1,19 +1,22 @@
 """An existing clip that is given: its frames on the model's grid, encoded for each stage."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ltxlite.conditions import Source
 from ltxlite.errors import MediaError, RequestError
 from ltxlite.given import GivenSource
+from ltxlite.given.footage import Footage, open_footage
 from ltxlite.given.footage_latents import encode_footage
 from ltxlite.given.sound import encode_waveform
+from ltxlite.given.source_fit import Size, source_fit
 from ltxlite.given.source_mask import check_mask, region_of
 from ltxlite.media.audio import fit_length
-from ltxlite.media.fit import Fit
 from ltxlite.media.image import fit_cover
 from ltxlite.media.stereo import StereoSound, read_stereo
 from ltxlite.media.timing import Timing, frames_at, read_timing
@@ -72,7 +75,7 @@ def encode_source(
     for number, size in enumerate(_sizes(request), start=1):
         video = _encode_picture(request, timing, networks, size)
         region = None
-        if source.mask is not None:
+        if source.mask is not None and not source.fill:
             region = region_of(request, source, networks.latent_grid(), size)
         given.append(GivenSource(video, audio, region))
         clock.advance(number)
@@ -84,12 +87,35 @@ def source_frames(
 ) -> Iterator[Tensor]:
     """Yield the source's frames start..stop-1 at a rate, each (H, W, 3) uint8.
 
-    Numbers before its first and beyond its last frame give these again.
+    Numbers before its first and beyond its last frame give these again. On a larger canvas the
+    picture's edges are repeated.
     """
     numbers = timing.numbers(rate)
     last = len(numbers) - 1
     wanted = [numbers[min(max(number, 0), last)] for number in range(start, stop)]
-    return frames_at(Path(source.path), wanted)
+    return (on_canvas(frame, source) for frame in frames_at(Path(source.path), wanted))
+
+
+def source_footage(request: Request, source: Source) -> Footage:
+    """Return a source's frames as the clip has them: from its offset on, ends repeated."""
+    footage = open_footage(source.path, request.rate)
+    numbers = footage.numbers
+    if numbers is None:
+        raise MediaError(f"source {source.path}: is a still, wanted a video")
+    last, wanted = len(numbers) - 1, range(source.offset, source.offset + request.frames)
+    shown = tuple(numbers[min(max(number, 0), last)] for number in wanted)
+    return replace(footage, numbers=shown)
+
+
+def on_canvas(frame: Tensor, source: Source) -> Tensor:
+    """Return a frame (H, W, 3) on the canvas that a source is to have, its edges repeated."""
+    if not any(source.pad):
+        return frame
+    left, above, right, below = source.pad
+    height, width = frame.shape[:2]
+    rows = torch.arange(-above, height + below).clamp(0, height - 1)
+    columns = torch.arange(-left, width + right).clamp(0, width - 1)
+    return frame[rows][:, columns]
 
 
 def source_sound(source: Source, start: Fraction, duration: Fraction) -> StereoSound | None:
@@ -113,9 +139,7 @@ def source_sound(source: Source, start: Fraction, duration: Fraction) -> StereoS
     )
 
 
-def _encode_picture(
-    request: Request, timing: Timing, networks: Networks, size: tuple[int, int]
-) -> Tensor:
+def _encode_picture(request: Request, timing: Timing, networks: Networks, size: Size) -> Tensor:
     """Encode the clip's frames at (height, width)."""
     source = request.conditions.source
     assert source is not None
@@ -123,14 +147,14 @@ def _encode_picture(
         source, timing, request.rate, source.offset, source.offset + request.frames
     )
     encoder = networks.video_encoder()
-    pixels = (_on_grid(frame, size, source.whole)[None, :, None] for frame in frames)
+    pixels = (placed(request, source, frame, size)[None, :, None] for frame in frames)
     return encode_footage(request, networks, encoder, pixels)
 
 
-def _on_grid(frame: Tensor, size: tuple[int, int], whole: bool) -> Tensor:
+def placed(request: Request, source: Source, frame: Tensor, size: Size) -> Tensor:
     """Bring a frame (H, W, 3) to (3, *size): all of it where it must come back, else its middle."""
-    if whole:
-        return Fit.inside((frame.shape[0], frame.shape[1]), size).forth(frame)
+    if source.whole:
+        return source_fit(request, source, (frame.shape[0], frame.shape[1]), size).forth(frame)
     return fit_cover(frame, *size)
 
 

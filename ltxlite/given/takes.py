@@ -3,14 +3,20 @@
 Everything that can be wrong with a picture is found here, before any network is loaded.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 
-from ltxlite.conditions import BEFORE, Guide, Image, Reference, frame_at
+from torch import Tensor
+
+from ltxlite.conditions import AFTER, BEFORE, Guide, Image, Reference, frame_at
 from ltxlite.errors import RequestError
 from ltxlite.geometry import ClipShape, LatentGrid
 from ltxlite.given.footage import Footage, open_footage
 from ltxlite.given.reference_factors import reference_factor
+from ltxlite.given.source import source_footage
+from ltxlite.media.tracks import read_tracks
 from ltxlite.networks import Networks
 from ltxlite.request import Files, Request
 
@@ -21,17 +27,28 @@ Extent = tuple[int, int, int]
 class Take:
     """Frames of a file for one stage: their numbers at the clip's rate, 8n + 1 of them.
 
-    extent: of the latent they are encoded to (frames, rows, columns).
+    extent: of the latent they are encoded to (frames, rows, columns).  lead: how many of its
+    latent frames are encoded for the sake of the others, and left out.
     """
 
     footage: Footage
     chosen: tuple[int, ...]
     extent: Extent
+    lead: int = 0
+
+    @property
+    def kept(self) -> Extent:
+        """The extent of what a stage sees."""
+        return self.extent[0] - self.lead, *self.extent[1:]
 
     @property
     def tokens(self) -> int:
         """Tokens of its latent."""
-        return prod(self.extent)
+        return prod(self.kept)
+
+    def frames(self) -> Iterator[Tensor]:
+        """Yield the chosen frames, (H, W, 3) uint8."""
+        return self.footage.frames(self.chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +74,7 @@ class StageTakes:
     def appended(self) -> tuple[Extent, ...]:
         """Extents of what is appended to the clip's tokens."""
         takes = (*self.guides, *(item.take for item in self.references))
-        return tuple(take.extent for take in takes)
+        return tuple(take.kept for take in takes)
 
     @property
     def is_weighted(self) -> bool:
@@ -111,19 +128,34 @@ def _image_take(request: Request, image: Image, shape: ClipShape, grid: LatentGr
 def _guide_take(request: Request, guide: Guide, shape: ClipShape, grid: LatentGrid) -> Take:
     what = f"guide {guide.path}"
     take = _whole(request, guide.path, shape, grid)
-    if guide.at == BEFORE:
+    if guide.at in (BEFORE, AFTER):
         if take.extent[0] > 1:
-            raise RequestError(f"{what}: before the clip there is room for a still, not a video")
+            place = "before the clip" if guide.at == BEFORE else "behind references"
+            raise RequestError(f"{what}: {place} there is room for a still, not a video")
+        if guide.at == AFTER and not request.conditions.references:
+            raise RequestError(f"{what}: after which reference? name one with --reference")
         return take
     frame = frame_at(guide.at, request.frames, request.rate, what)
+    if guide.comfy and frame > 0 and take.extent[0] > 1:
+        take = _led(take, grid)
     return _inside(take, grid.latent_index(frame), what, request, grid)
+
+
+def _led(take: Take, grid: LatentGrid) -> Take:
+    """Encode a video behind a copy of its first frame, so that its own begin a latent frame.
+
+    Source: ComfyUI, LTXVAddGuide; features.md E4.
+    """
+    count = len(take.footage.numbers or ()) // grid.time
+    chosen = (0, *range(count * grid.time))
+    return replace(take, chosen=chosen, extent=(count + 1, *take.extent[1:]), lead=1)
 
 
 def _inside(take: Take, first: int, what: str, request: Request, grid: LatentGrid) -> Take:
     room = grid.latent_frames(request.frames) - first
-    if take.extent[0] > room:
+    if take.kept[0] > room:
         raise RequestError(
-            f"{what}: its {len(take.chosen)} frames run past the end of the clip "
+            f"{what}: its {len(take.chosen) - take.lead} frames run past the end of the clip "
             f"({request.frames} frames); at most {grid.pixel_frames(room)} fit there"
         )
     return take
@@ -151,11 +183,23 @@ def _reference_take(
             f"reference {reference.path}: encoded at 1/{downscale} size, which a stage of {size} "
             f"does not divide into; choose multiples of {grid.space * downscale}"
         )
-    footage = open_footage(reference.path, request.rate)
+    footage = _reference_footage(request, reference)
     chosen = sparse_frames(_length(footage, request), temporal, grid)
     rows, columns = shape.rows // downscale, shape.columns // downscale
     take = Take(footage, chosen, (grid.latent_frames(len(chosen)), rows, columns))
     return ReferenceTake(reference, take, downscale, temporal, _mask_take(request, reference, take))
+
+
+def _reference_footage(request: Request, reference: Reference) -> Footage:
+    """Open what a reference is drawn from: a picture, a video, tracks, or the source's own clip."""
+    if reference.kind == "tracks":
+        read_tracks(Path(reference.path))
+        every = tuple(range(request.frames))
+        return Footage(Path(reference.path), request.height, request.width, every)
+    if reference.kind in ("source", "filled"):
+        assert request.conditions.source is not None
+        return source_footage(request, request.conditions.source)
+    return open_footage(reference.path, request.rate)
 
 
 def _mask_take(request: Request, reference: Reference, take: Take) -> Take | None:

@@ -69,12 +69,16 @@ class Vectors:
 
 
 class Activation:
-    """Rows (B, t, K) for some linears; forms of them are made when asked for, and kept."""
+    """Rows (B, t, K) for some linears; forms of them are made when asked for, and kept.
 
-    __slots__ = ("_coded", "_values", "x")
+    moments: (t,) or (1,), the moment of the clip that each row belongs to, for linears that change
+    over its time (`passes.Moments`); None where none does.
+    """
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
+    __slots__ = ("_coded", "_values", "moments", "x")
+
+    def __init__(self, x: Tensor, moments: Tensor | None = None) -> None:
+        self.x, self.moments = x, moments
         self._values: Tensor | None = None
         self._coded: dict[Coding, ScaledRows] = {}
 
@@ -103,9 +107,14 @@ class Normed(Activation):
     __slots__ = ("eps", "scale", "shift")
 
     def __init__(
-        self, x: Tensor, eps: float, shift: Vectors | None = None, scale: Vectors | None = None
+        self,
+        x: Tensor,
+        eps: float,
+        shift: Vectors | None = None,
+        scale: Vectors | None = None,
+        moments: Tensor | None = None,
     ) -> None:
-        super().__init__(x)
+        super().__init__(x, moments)
         self.eps, self.shift, self.scale = eps, shift, scale
 
     def _valued(self) -> Tensor:
@@ -135,8 +144,8 @@ class Gated(Activation):
 
     __slots__ = ("logits",)
 
-    def __init__(self, x: Tensor, logits: Tensor) -> None:
-        super().__init__(x)
+    def __init__(self, x: Tensor, logits: Tensor, moments: Tensor | None = None) -> None:
+        super().__init__(x, moments)
         self.logits = logits
 
     def _valued(self) -> Tensor:
@@ -214,6 +223,11 @@ class Multiplier(nn.Module):
     def codes(self) -> bool:
         """Whether it does."""
 
+    @property
+    def varies(self) -> bool:
+        """Whether it is another one at other moments of a clip."""
+        return False
+
     @abstractmethod
     def multiply(self, given: Activation, tail: Tail) -> Tensor:
         """Return tail(given Wᵀ + bias), (B, t, N)."""
@@ -221,7 +235,9 @@ class Multiplier(nn.Module):
 
 def project(linear: nn.Module, given: Activation, tail: Tail = PLAIN) -> Tensor:
     """Return tail(linear(given)), (B, t, N), the way the linear computes."""
-    if isinstance(linear, Multiplier) and linear.codes and not torch.is_grad_enabled():
-        return linear.multiply(given, tail)
+    if isinstance(linear, Multiplier) and not torch.is_grad_enabled():
+        varies = given.moments is not None and linear.varies
+        if linear.codes or varies:
+            return linear.multiply(given, tail)
     y: Tensor = linear(given.values())
     return tail.applied(y)

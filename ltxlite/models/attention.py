@@ -145,6 +145,7 @@ class Attention(nn.Module):
             projected = project(self.to_k, given)
             if projected.shape[1] == tokens:
                 turned = self._turned(projected, self.k_norm, rope, rows)
+                del projected  # used up; on a CPU the norm has memory of its own
                 return KeyValue(turned, project(self.to_v, given))
             if key is None:
                 shape = (projected.shape[0], tokens, projected.shape[2])
@@ -197,9 +198,9 @@ class Attention(nn.Module):
         The mixed values are used up.
         """
         if self.to_gate_logits is None:
-            return project(self.to_out, Activation(mixed), tail)
+            return project(self.to_out, Activation(mixed, given.moments), tail)
         logits = project(self.to_gate_logits, given)
-        return project(self.to_out, Gated(mixed, logits), tail)
+        return project(self.to_out, Gated(mixed, logits, given.moments), tail)
 
     def forward(
         self,

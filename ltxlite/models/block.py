@@ -3,7 +3,7 @@
 Source: LTX-2 400fd31, ltx_core/model/transformer/transformer.py; restated in model.md 2.6.
 """
 
-import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +19,36 @@ from ltxlite.models.attention import (
     attention,
     values_of,
 )
-from ltxlite.models.layers import TOKEN_CHUNK, FeedForward, TokenRows, add_rows
+from ltxlite.models.layers import TOKEN_CHUNK, FeedForward, TokenRows, add_rows, add_run
 from ltxlite.models.nag import lead_away
-from ltxlite.models.passes import Avoided, Pass, RowWeights, Skip, StreamRope
+from ltxlite.models.passes import (
+    UNSCALED,
+    Avoided,
+    BranchScales,
+    Moments,
+    Pass,
+    RowWeights,
+    Skip,
+    StreamRope,
+)
 from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
+from ltxlite.models.weighted_attention import weighted_attention
 from ltxlite_kernels.attention_inputs import KeyBias
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Modulation of what one stream tells the other and hears from it.
+
+    cross: scale, shift towards and scale, shift from the other stream.  gate: of what it hears.
+    """
+
+    cross: TokenRows
+    gate: TokenRows
+
+    def plus(self, table: Tensor, dtype: torch.dtype) -> "Exchange":
+        """Return them with a block's table (5, W) added."""
+        return Exchange(self.cross.plus(table[:4], dtype), self.gate.plus(table[4:], dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +56,9 @@ class BlockVectors:
     """Modulation of one stream in one block: its learned tables plus what noise levels say."""
 
     own: TokenRows
-    cross: TokenRows
-    gate: TokenRows
     prompt: TokenRows | None
+    exchange: Exchange | None
+    scale: float = 1.0  # of what it adds to the stream by itself
 
 
 @dataclass(slots=True)
@@ -49,10 +74,11 @@ class StreamState:
     modulation: TokenRows  # rows of the block tables
     embedded: TokenRows  # row of the output head
     prompt: TokenRows | None  # shift and scale of the prompt's keys and values
-    cross: TokenRows  # scale, shift towards and scale, shift from the other stream
-    gate: TokenRows  # of what comes from the other stream
+    exchange: "Exchange | None"  # where the network has two streams
     avoided: Avoided | None = None  # its context as the first one
     block: BlockVectors | None = None  # those of the block that runs
+    moments: Moments | None = None
+    scales: BranchScales = UNSCALED
 
 
 @dataclass(slots=True)
@@ -91,29 +117,34 @@ class StreamBlock(nn.Module):
         self.text_attention = Attention(text)
         self.feed_forward = FeedForward(width, bias=stream.feed_forward_bias)
         self.table = nn.Parameter(torch.empty(config.table_rows, width))
-        self.cross_table = nn.Parameter(torch.empty(5, width))
+        self.cross_table = None if config.sound_alone else nn.Parameter(torch.empty(5, width))
         self.prompt_table = nn.Parameter(torch.empty(2, width)) if config.text_modulation else None
 
-    def enter(self, state: StreamState) -> None:
-        """Compute the modulation of this block, once for all that it does to a stream."""
+    def enter(self, state: StreamState, number: int) -> None:
+        """Compute the modulation of block `number`, once for all that it does to a stream."""
         dtype, prompt = state.x.dtype, state.prompt
         if self.prompt_table is not None and prompt is not None:
             prompt = prompt.plus(self.prompt_table, dtype)
         elif self.prompt_table is not None:
-            prompt = TokenRows(self.prompt_table.to(dtype)[None], state.gate.index[:1, :1])
-        state.block = BlockVectors(
-            state.modulation.plus(self.table, dtype),
-            state.cross.plus(self.cross_table[:4], dtype),
-            state.gate.plus(self.cross_table[4:], dtype),
-            prompt,
-        )
+            only = torch.zeros_like(state.modulation.index[:1, :1])
+            prompt = TokenRows(self.prompt_table.to(dtype)[None], only)
+        exchange = None
+        if self.cross_table is not None and state.exchange is not None:
+            exchange = state.exchange.plus(self.cross_table, dtype)
+        table, scale = state.modulation.plus(self.table, dtype), 1.0
+        if state.scales.covers(number):
+            scale = state.scales.own
+            table.rows[:, 2::3] *= scale  # the gates
+            if exchange is not None:
+                exchange.gate.rows.mul_(state.scales.received)
+        state.block = BlockVectors(table, prompt, exchange, scale)
 
     def attend_self(self, state: StreamState, skip: bool | Tensor, chunk: int) -> None:
         """Add self-attention; where skipped (STG), its values pass through unmixed."""
         module, x, table = self.self_attention, state.x, vectors_of(state).own
 
         def source(rows: slice) -> Activation:
-            return self._modulated(x, table, 0, rows)
+            return self._modulated(state, 0, rows)
 
         kv = module.prepared(module.keys_values(source, x.shape[1], state.rope.own, chunk))
 
@@ -125,10 +156,11 @@ class StreamBlock(nn.Module):
 
         state.x = add_rows(x, update, chunk)
 
-    def _modulated(self, x: Tensor, table: TokenRows, first: int, rows: slice) -> Normed:
+    def _modulated(self, state: StreamState, first: int, rows: slice) -> Normed:
         """Return normalised rows of x, modulated by the table's rows first (shift) and +1."""
+        table = vectors_of(state).own
         shift, scale = table.vectors(first, rows), table.vectors(first + 1, rows)
-        return Normed(x[:, rows], self.eps, shift, scale)
+        return Normed(state.x[:, rows], self.eps, shift, scale, moments_of(state, rows))
 
     def _mix(
         self, given: Activation, kv: Keys, state: StreamState, rows: slice, skip: bool | Tensor
@@ -145,17 +177,35 @@ class StreamBlock(nn.Module):
 
     def attend_text(self, state: StreamState, chunk: int) -> None:
         """Add attention to the prompt, modulated on both sides in 2.3, plain in 2.0."""
-        module, x, table = self.text_attention, state.x, vectors_of(state).own
-        context, avoided = self._modulated_context(state, state.context), state.avoided
-        kv = self._text_keys(context)
-        away = None
+        if state.moments is None or torch.is_grad_enabled():
+            state.x = add_rows(state.x, self._text_update(state), chunk)
+            return
+        for moment, runs in enumerate(state.moments.runs):
+            if runs:
+                # What a token reads of the prompt is computed by the linears of its own moment.
+                update = self._text_update(state, state.moments.ids.new_tensor([moment]))
+            for run in runs:
+                add_run(state.x, update, run, chunk)
+
+    def _text_update(
+        self, state: StreamState, moment: Tensor | None = None
+    ) -> Callable[[slice, Tensor], Tensor]:
+        """Return what adds attention to the prompt, as it is at a moment (1,), to some rows."""
+        module, table = self.text_attention, vectors_of(state).own
+        kv = self._text_keys(self._modulated_context(state, state.context), moment)
+        avoided, away = state.avoided, None
         if avoided is not None:
-            away = self._text_keys(self._modulated_context(state, avoided.context))
+            context = self._modulated_context(state, avoided.context)
+            away = self._text_keys(context, moment)
+        ungated = None
+        if (scale := vectors_of(state).scale) != 1:
+            ungated = Vectors(state.x.new_full((1, state.x.shape[2]), scale))
 
         def update(rows: slice, residual: Tensor) -> Tensor:
-            queries, tail = Normed(x[:, rows], self.eps), Tail(residual=residual)
+            queries = Normed(state.x[:, rows], self.eps, moments=moments_of(state, rows))
+            tail = Tail(gate=ungated, residual=residual)
             if self.prompt_table is not None:
-                queries = self._modulated(x, table, 6, rows)
+                queries = self._modulated(state, 6, rows)
                 tail = Tail(gate=table.vectors(8, rows), residual=residual)
             bias = _bias_of(state.context_bias, rows)
             if away is None or avoided is None:
@@ -167,12 +217,12 @@ class StreamBlock(nn.Module):
             del q
             return module.output(queries, mixed, tail)
 
-        state.x = add_rows(x, update, chunk)
+        return update
 
-    def _text_keys(self, context: Tensor) -> KeyValue:
+    def _text_keys(self, context: Tensor, moment: Tensor | None) -> KeyValue:
         tokens = context.shape[1]
         return self.text_attention.keys_values(
-            lambda rows: Activation(context[:, rows]), tokens, None, tokens
+            lambda rows: Activation(context[:, rows], moment), tokens, None, tokens
         )
 
     def _modulated_context(self, state: StreamState, context: Tensor) -> Tensor:
@@ -188,28 +238,33 @@ class StreamBlock(nn.Module):
 
         def update(rows: slice, residual: Tensor) -> Tensor:
             tail = Tail(gate=table.vectors(5, rows), residual=residual)
-            out: Tensor = self.feed_forward(self._modulated(x, table, 3, rows), tail)
+            out: Tensor = self.feed_forward(self._modulated(state, 3, rows), tail)
             return out
 
         state.x = add_rows(x, update, chunk)
 
     def towards(self, state: StreamState, rows: slice, first: int) -> Activation:
         """Return this stream's rows as one side of a cross attention (table rows first, +1)."""
-        table = vectors_of(state).cross
+        table = exchange_of(state).cross
         shift, scale = table.vectors(first + 1, rows), table.vectors(first, rows)
-        return Normed(state.x[:, rows], self.eps, shift, scale)
+        return Normed(state.x[:, rows], self.eps, shift, scale, moments_of(state, rows))
 
     def received_gate(self, state: StreamState, samples: bool | Tensor) -> Tensor:
         """Return the gate (B or 1, 1, W) of what the other stream sends; samples: those it is for.
 
         The gate of the others is closed.
         """
-        gate = vectors_of(state).gate.vectors(0, slice(None)).spread()
+        gate = exchange_of(state).gate.vectors(0, slice(None)).spread()
         return gate * samples if isinstance(samples, Tensor) else gate
 
 
 def _bias_of(bias: Bias | None, rows: slice) -> Bias | None:
     return bias.of(rows) if isinstance(bias, KeyBias) else bias
+
+
+def moments_of(state: StreamState, rows: slice) -> Tensor | None:
+    """Return the moments of some tokens, None where nothing changes over time."""
+    return None if state.moments is None else state.moments.ids[rows]
 
 
 def vectors_of(state: StreamState) -> BlockVectors:
@@ -218,38 +273,11 @@ def vectors_of(state: StreamState) -> BlockVectors:
     return state.block
 
 
-def weighted_attention(
-    q: Tensor, kv: Keys, heads: int, weights: tuple[RowWeights, ...], rows: slice
-) -> Tensor:
-    """Attend with soft weights: each weight w adds log w to its score, w = 0 hides the key.
-
-    q: (B, t, W), the tokens `rows` of the sequence.  Rows no weight covers attend plainly.
-    """
-    if not weights:
-        return attention(q, kv, heads)
-    out = torch.empty_like(q)
-    first, last = rows.start, rows.start + q.shape[1]
-    edges = {first, last}
-    for item in weights:
-        edges |= {edge for edge in (item.start, item.stop) if first < edge < last}
-    bounds = sorted(edges)
-    for start, stop in itertools.pairwise(bounds):
-        bias = _row_bias(weights, start, stop, q.dtype)
-        local = slice(start - first, stop - first)
-        out[:, local] = attention(q[:, local], kv, heads, bias)
-    return out
-
-
-def _row_bias(
-    weights: tuple[RowWeights, ...], start: int, stop: int, dtype: torch.dtype
-) -> Tensor | None:
-    for item in weights:
-        if item.start <= start and stop <= item.stop:
-            w = item.weights
-            if w.shape[1] > 1:
-                w = w[:, start - item.start : stop - item.start]
-            return w.float().log().clamp(min=torch.finfo(dtype).min).to(dtype)[:, None]
-    return None
+def exchange_of(state: StreamState) -> Exchange:
+    """Return the part of it that is about the other stream."""
+    found = vectors_of(state).exchange
+    assert found is not None  # the network has two streams
+    return found
 
 
 class Block(nn.Module):
@@ -273,7 +301,7 @@ class Block(nn.Module):
         )
         for block, stream, skip in streams:
             if stream is not None:
-                block.enter(stream)
+                block.enter(stream, number)
             if stream is not None and stream.enabled:
                 block.attend_self(stream, state.given.skipped(skip, number), state.chunk)
                 block.attend_text(stream, state.chunk)

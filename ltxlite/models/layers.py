@@ -38,6 +38,15 @@ def add_rows(x: Tensor, update: Callable[[slice, Tensor], Tensor], size: int) ->
     return x
 
 
+def add_run(
+    x: Tensor, update: Callable[[slice, Tensor], Tensor], run: tuple[int, int], size: int
+) -> None:
+    """Do the same in place to rows start..stop-1 alone; without gradients."""
+    for rows in chunks(run[1] - run[0], size):
+        part = slice(run[0] + rows.start, run[0] + rows.stop)
+        update(part, x[:, part])
+
+
 def map_rows(function: Callable[[slice], Tensor], tokens: int, size: int) -> Tensor:
     """Return `function(rows)` (B, t, N) of every chunk, side by side as (B, T, N)."""
     out: Tensor | None = None
@@ -86,7 +95,7 @@ class FeedForward(nn.Module):
     def forward(self, given: Activation, tail: Tail = PLAIN) -> Tensor:
         """Map (B, t, C) to tail (B, t, C)."""
         hidden = project(self.up, given, Tail(gelu=True))
-        return project(self.down, Activation(hidden), tail)
+        return project(self.down, Activation(hidden, given.moments), tail)
 
 
 class RowPieces(nn.Module):

@@ -37,8 +37,8 @@ class Timesteps:
 class RowWeights:
     """Self-attention weights of the query rows start..stop-1 on all keys.
 
-    weights: (B or 1, 1 or stop-start, T) in [0, 1]; 1 leaves a key alone, 0 hides it. Rows that
-    share their weights share one row here, so that no T x T matrix is ever needed.
+    weights: (B or 1, 1 or stop-start, T); 1 leaves a key alone, 0 hides it, 2 counts it twice.
+    Rows that share their weights share one row here, so that no T x T matrix is ever needed.
     """
 
     start: int
@@ -72,6 +72,60 @@ class Avoided:
 
 
 @dataclass(frozen=True, slots=True)
+class Moments:
+    """Which of a clip's moments each token belongs to, for linears that change over its time.
+
+    ids: (T,) int32, equal for tokens that all linears treat alike.  runs: of each moment, the
+    slices of tokens that are its own.
+    """
+
+    ids: Tensor
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    @classmethod
+    def of(cls, ids: Tensor, device: torch.device) -> "Moments":
+        """Find the runs of ids (T,), which are on the CPU."""
+        found, counts = torch.unique_consecutive(ids, return_counts=True)
+        moments = int(ids.max()) + 1 if len(ids) else 0
+        runs: list[list[tuple[int, int]]] = [[] for _ in range(moments)]
+        start = 0
+        for moment, count in zip(found.tolist(), counts.tolist(), strict=True):
+            runs[moment].append((start, start + count))
+            start += count
+        return cls(ids.to(device, torch.int32), tuple(map(tuple, runs)))
+
+    def first(self, count: int) -> "Moments":
+        """Return those of the first tokens alone."""
+        runs = (
+            tuple((start, min(stop, count)) for start, stop in own if start < count)
+            for own in self.runs
+        )
+        return Moments(self.ids[:count], tuple(runs))
+
+
+@dataclass(frozen=True, slots=True)
+class BranchScales:
+    """By what a stream multiplies what is added to it, in some blocks or in all (None).
+
+    own: by its self-attention, text attention and feed-forward.  received: by the other stream.
+    Source: features.md C8 (ComfyUI-KJNodes, LTX2AttentionTuner).
+    """
+
+    own: float = 1.0
+    received: float = 1.0
+    blocks: frozenset[int] | None = None
+
+    def covers(self, block: int) -> bool:
+        """Tell whether anything is scaled in a block."""
+        if self.own == self.received == 1:
+            return False
+        return self.blocks is None or block in self.blocks
+
+
+UNSCALED = BranchScales()
+
+
+@dataclass(frozen=True, slots=True)
 class StreamRope:
     """Rotary tables of a stream: for itself and, by time alone, for the other stream."""
 
@@ -88,7 +142,8 @@ class StreamInput:
     context: (B, S, W) prompt.  context_mask: (B, S), 1 = attend.  weights: soft self-attention.
     context_bias: how much of the prompt each token sees.  avoided: a prompt to lead away from.
     enabled: False keeps the stream as it is; the other one still sees it.
-    rope: tables already built for these positions (`Transformer.rope`).
+    rope: tables already built for these positions (`Transformer.rope`).  moments: of its tokens.
+    scales: of what is added to it.
     """
 
     latent: Tensor
@@ -102,6 +157,8 @@ class StreamInput:
     rope: StreamRope | None = None
     context_bias: ContextBias | None = None
     avoided: Avoided | None = None
+    moments: Moments | None = None
+    scales: BranchScales = UNSCALED
 
 
 class Skip(StrEnum):

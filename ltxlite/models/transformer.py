@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltxlite.geometry import midpoints
-from ltxlite.models.activation import modulate
+from ltxlite.models.activation import Activation, modulate, project
 from ltxlite.models.attention import Bias
-from ltxlite.models.block import Block, PassState, StreamState
+from ltxlite.models.block import Block, Exchange, PassState, StreamState, moments_of
 from ltxlite.models.layers import TOKEN_CHUNK, TokenRows, map_rows
 from ltxlite.models.passes import Pass, Skip, StreamInput, StreamRope, Timesteps, Velocity
 from ltxlite.models.rope import RopeSpec, rope_table
+from ltxlite.models.sound_block import SoundBlock
 from ltxlite.models.transformer_config import StreamConfig, TransformerConfig
 from ltxlite_kernels.attention_inputs import KeyBias
 
@@ -103,8 +104,8 @@ class StreamEnds(nn.Module):
         self.embed = nn.Linear(stream.channels, width)
         self.adaln = AdaLN(width, config.table_rows)
         self.prompt_adaln = AdaLN(width, 2) if config.prompt_adaln else None
-        self.cross_adaln = AdaLN(width, 4)
-        self.gate_adaln = AdaLN(width, 1)
+        self.cross_adaln = None if config.sound_alone else AdaLN(width, 4)
+        self.gate_adaln = None if config.sound_alone else AdaLN(width, 1)
         captions = config.caption_channels
         self.caption = CaptionProjection(captions, width) if captions else None
         self.table = nn.Parameter(torch.empty(2, width))
@@ -139,27 +140,36 @@ class StreamEnds(nn.Module):
         def rows(tokens: slice) -> Tensor:
             x = F.layer_norm(state.x[:, tokens], state.x.shape[-1:], eps=self.eps)
             shift, scale = (vectors.vectors(number, tokens).spread() for number in range(2))
-            out: Tensor = self.head(modulate(x, shift, scale))
-            return out.float()
+            given = Activation(modulate(x, shift, scale), moments_of(state, tokens))
+            return project(self.head, given).float()
 
         return map_rows(rows, state.x.shape[1], chunk)
 
 
 class Transformer(nn.Module):
-    """The network: ends of both streams and the blocks between them."""
+    """The network: ends of both streams and the blocks between them.
+
+    With `config.sound_alone` it has the sound's only, and takes passes without a picture.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.chunk = TOKEN_CHUNK
-        self.video = StreamEnds(config.video, config)
+        self.video = None if config.sound_alone else StreamEnds(config.video, config)
         self.audio = StreamEnds(config.audio, config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        kind = SoundBlock if config.sound_alone else Block
+        self.blocks = nn.ModuleList(kind(config) for _ in range(config.layers))
+
+    @property
+    def ends(self) -> tuple[StreamEnds, ...]:
+        """The ends of its streams."""
+        return (self.audio,) if self.video is None else (self.video, self.audio)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype activations are computed in: that of a norm, which is never quantized."""
-        return self.get_parameter("blocks.0.video.self_attention.q_norm.weight").dtype
+        return self.get_parameter("blocks.0.audio.self_attention.q_norm.weight").dtype
 
     def forward(self, given: Pass) -> Velocity:
         """Predict the velocities of one pass.
@@ -191,7 +201,7 @@ class Transformer(nn.Module):
         weights of the AdaLNs, 0.8 GB of 2.3 in bf16, are not needed; other levels give NaN.
         """
         config = self.config
-        for ends in (self.video, self.audio):
+        for ends in self.ends:
             for name, scale in (
                 ("adaln", config.timestep_scale),
                 ("prompt_adaln", config.timestep_scale),
@@ -203,13 +213,14 @@ class Transformer(nn.Module):
 
     def forget_tables(self) -> None:
         """Go back to the AdaLN weights."""
-        for ends in (self.video, self.audio):
+        for ends in self.ends:
             ends.tables.clear()
 
     def begin(self, given: Pass) -> PassState:
         """Embed latents, noise levels and prompts."""
         video = audio = None
         if given.video is not None:
+            assert self.video is not None  # who makes sound alone gives no picture
             video = self._stream(self.video, given.video, given.audio, sound=False)
         if given.audio is not None:
             audio = self._stream(self.audio, given.audio, given.video, sound=True)
@@ -217,8 +228,11 @@ class Transformer(nn.Module):
 
     def finish(self, state: PassState) -> Velocity:
         """Project the final states to velocities."""
-        video = None if state.video is None else self.video.output(state.video, state.chunk)
-        audio = None if state.audio is None else self.audio.output(state.audio, state.chunk)
+        video = audio = None
+        if self.video is not None and state.video is not None:
+            video = self.video.output(state.video, state.chunk)
+        if state.audio is not None:
+            audio = self.audio.output(state.audio, state.chunk)
         return Velocity(video, audio)
 
     def rope(self, positions: Tensor, sound: bool) -> StreamRope:
@@ -242,10 +256,8 @@ class Transformer(nn.Module):
         dtype = self.dtype
         levels = given.timesteps
         sigma = _per_sample(given.sigma)
-        other_sigma = sigma if other is None else _per_sample(other.sigma)
         scale = self.config.timestep_scale
         rows, embedded = ends.modulation("adaln", levels.values * scale, dtype)
-        own = self.config.cross_modulation == "own" or other is None
         prompt = None
         if ends.prompt_adaln is not None:
             prompt = self._rows(ends, "prompt_adaln", sigma, scale)
@@ -253,7 +265,7 @@ class Transformer(nn.Module):
         if avoided is not None:
             avoided = replace(avoided, context=ends.prompt(avoided.context.to(dtype)))
         return StreamState(
-            x=ends.embed(given.latent.to(dtype)),
+            x=project(ends.embed, Activation(given.latent.to(dtype), _moments(given))),
             context=ends.prompt(given.context.to(dtype)),
             context_bias=_context_bias(given, dtype),
             rope=given.rope or self.rope(given.positions, sound),
@@ -262,9 +274,21 @@ class Transformer(nn.Module):
             modulation=TokenRows(rows, levels.index),
             embedded=TokenRows(embedded, levels.index),
             prompt=prompt,
-            cross=self._rows(ends, "cross_adaln", levels if own else other_sigma, scale),
-            gate=self._rows(ends, "gate_adaln", other_sigma, self.config.gate_scale),
+            exchange=None if self.config.sound_alone else self._exchange(ends, given, other),
             avoided=avoided,
+            moments=given.moments,
+            scales=given.scales,
+        )
+
+    def _exchange(
+        self, ends: StreamEnds, given: StreamInput, other: StreamInput | None
+    ) -> Exchange:
+        config, levels = self.config, given.timesteps
+        other_sigma = _per_sample(given.sigma if other is None else other.sigma)
+        own = config.cross_modulation == "own" or other is None
+        return Exchange(
+            self._rows(ends, "cross_adaln", levels if own else other_sigma, config.timestep_scale),
+            self._rows(ends, "gate_adaln", other_sigma, config.gate_scale),
         )
 
     def _rows(self, ends: StreamEnds, name: str, levels: Timesteps, scale: float) -> TokenRows:
@@ -298,6 +322,10 @@ def _same_inputs(passes: Sequence[Pass]) -> list[tuple[int, ...]]:
     for index, given in enumerate(passes):
         groups.setdefault((id(given.video), id(given.audio)), []).append(index)
     return [tuple(same) for same in groups.values()]
+
+
+def _moments(given: StreamInput) -> Tensor | None:
+    return None if given.moments is None else given.moments.ids
 
 
 def _per_sample(sigma: Tensor) -> Timesteps:
@@ -354,4 +382,6 @@ RENAMES = (
     (r"^scale_shift_table$", "video.table"),
 )
 IGNORED: tuple[str, ...] = ()
+# Of a checkpoint, what the sound alone has no use for: all that is not of its own stream.
+SOUND_ALONE_IGNORED = (r"^(?!(transformer_blocks\.\d+\.)?audio_)", r"\.audio_to_video_attn\.")
 FLOAT32 = (r"table$",)  # fp32 in every release file; added to AdaLN rows in fp32

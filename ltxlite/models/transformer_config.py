@@ -39,6 +39,8 @@ class TransformerConfig:
     cross_modulation: "own": the audio-video attentions are scaled and shifted by their stream's
     own timesteps (official since 2026-05-28); "other": by the other stream's sigma (ltx-core
     1.0.0, diffusers 0.42). They agree where no token is masked. Sources: oracles 2.1.
+    sound_alone: the network has no more than the sound stream's own layers; of a file's tensors
+    these are a sixth.
     """
 
     video: StreamConfig
@@ -56,6 +58,7 @@ class TransformerConfig:
     timestep_scale: float = 1000.0
     gate_scale: float = 1000.0
     cross_modulation: Literal["own", "other"] = "own"
+    sound_alone: bool = False
     unread: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:

@@ -74,12 +74,14 @@ class Tools:
     blend: puts clean tokens back where the mask keeps them, after noise was added.
     on_step: told the position after each finished step.  It is called before the next evaluation,
       so a caller may count steps by it; samplers evaluate several times a step.
+    after_step: changes what a step carries on, before that.
     """
 
     denoise: Callable[[State, float], Prediction]
     noise: Callable[[NoiseKind], State]
     blend: Callable[[State], State]
     on_step: Callable[[Position], None] | None = None
+    after_step: Callable[[Carry, Step], Carry] | None = None
 
     def report(self, position: Position) -> None:
         """Tell the caller, if it wants to know, that a step is done."""

@@ -94,8 +94,11 @@ def standardise(noise: Tensor) -> Tensor:
     """Give noise zero mean and unit deviation, first as a whole, then over its last two dims.
 
     noise: (B, T, C), fp64 for the reference's values.  Deviations are unbiased.
+    Noise without tokens, of a picture that is not made, stays as it is.
     Source: LTX-2 400fd31 ltx_pipelines samplers, noise of res_2s.
     """
+    if not noise.numel():
+        return noise
     whole = (noise - noise.mean()) / noise.std()
     return (whole - whole.mean((-2, -1), keepdim=True)) / whole.std((-2, -1), keepdim=True)
 

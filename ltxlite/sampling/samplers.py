@@ -138,6 +138,9 @@ def continue_sampling(
     values = sampler.sigmas(sigmas)
     while position.done < len(values) - 1:
         step = Step(position.done, values)
-        position = position.after(sampler.step(position.carry, step, tools, **options))
+        carry = sampler.step(position.carry, step, tools, **options)
+        if tools.after_step is not None:
+            carry = tools.after_step(carry, step)
+        position = position.after(carry)
         tools.report(position)
     return sampler.end(position.carry["x"], values[-1], tools)

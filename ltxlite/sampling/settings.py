@@ -98,6 +98,46 @@ class Guidance:
             raise RequestError(f"guidance mode is {self.mode!r}, choose one of {modes}")
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """How a stage keeps the picture's latent channels from drifting away over a clip.
+
+    adain: how far mean and deviation of the result's channels are brought to those of what the
+      stage begins from: the stage before, a source's kept frames, or the first image.
+    adain_steps: the same for the prediction of each step; the last one serves all further steps.
+    per_frame: each latent frame by itself instead of the whole clip.
+    statnorm, statnorm_steps: how far they are brought to mean 0 and deviation 1, as measured on
+      the values within the central `percentile`; clip: what lies beyond is cut there.
+    Factors below 0 and above 1 go further than that.  Raises RequestError beyond -10 to 10.
+    Source: ComfyUI-LTXVideo, latent_norm (features.md K1 to K3).
+    """
+
+    adain: float = 0.0
+    adain_steps: tuple[float, ...] = ()
+    per_frame: bool = False
+    statnorm: float = 0.0
+    statnorm_steps: tuple[float, ...] = ()
+    percentile: float = 95.0
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        for factor in (self.adain, *self.adain_steps):
+            _check("adain", factor, -10, 10)
+        for factor in (self.statnorm, *self.statnorm_steps):
+            _check("statnorm", factor, -10, 10)
+        _check("statnorm percentile", self.percentile, 50, 100)
+
+    @property
+    def follows(self) -> bool:
+        """Tell whether it needs something to follow."""
+        return any((self.adain, *self.adain_steps))
+
+    @property
+    def is_active(self) -> bool:
+        """Tell whether it changes anything at all."""
+        return self.follows or any((self.statnorm, *self.statnorm_steps))
+
+
 def passes(step: int, *streams: Guidance) -> frozenset[Pass]:
     """Return the model evaluations of a step: those that at least one of the streams needs.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltxlite import conditioning
 from ltxlite.conditioning import LatentState, StageContext, States
-from ltxlite.conditions import BEFORE, Conditions, Guide, Image, frame_at, of_stage
+from ltxlite.conditions import AFTER, BEFORE, Conditions, Guide, Image, frame_at, of_stage
 from ltxlite.given import StageGiven
 
 
@@ -41,10 +41,16 @@ def steer_guides(
     """Append guides, each as a group of its own, in the request's order."""
     video, audio = states
     for guide, latent in zip(conditions.guides, given.guides, strict=True):
-        extent = _extent(latent)
-        still = 1 if extent[0] == 1 else stage.grid.pixel_frames(extent[0])
+        frame = guide_frame(guide, given, stage)
+        frames = 1 if latent.shape[2] == 1 else stage.grid.pixel_frames(latent.shape[2])
+        if guide.at == AFTER:
+            frames = stage.grid.time
+        elif guide.comfy and frame > 0 and frames > 1:
+            latent = latent[:, :, 1:]  # encoded for the sake of the others
+            if latent.shape[2] > 1:
+                frame = stage.grid.first_frame(stage.grid.latent_index(frame))
         positions = conditioning.keyframe_positions(
-            extent, guide_frame(guide, stage), still, stage.shape.fps, stage.grid
+            _extent(latent), frame, frames, stage.shape.fps, stage.grid
         )
         weight = attention_weight(guide.attention, positions.shape[2])
         strength = of_stage(guide.strengths, stage.number)
@@ -52,10 +58,18 @@ def steer_guides(
     return video, audio
 
 
-def guide_frame(guide: Guide, stage: StageContext) -> int:
-    """Return the pixel frame that a guide stands for; "ref" is one latent frame before 0."""
+def guide_frame(guide: Guide, given: StageGiven, stage: StageContext) -> int:
+    """Return the pixel frame that a guide stands for; "ref" is one latent frame before 0.
+
+    "after" is behind the first reference, where LoRA files expect images that were trained as
+    [references | clip], or behind the clip in stages that see none (features.md E9).
+    """
     if guide.at == BEFORE:
         return -stage.grid.time
+    if guide.at == AFTER:
+        seen = given.references[:1]
+        lengths = [stage.grid.pixel_frames(r.latent.shape[2]) * r.temporal for r in seen]
+        return lengths[0] if lengths else stage.frames
     return frame_at(guide.at, stage.frames, stage.rate, f"guide {guide.path}")
 
 

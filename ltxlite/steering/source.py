@@ -45,6 +45,8 @@ def _picture(
         mask[latents.start : latents.stop] = 1
     if given.region is not None:
         mask *= given.region
+    if source.first:
+        mask[0] = 0
     return _held(state, patchify_video(given.video), mask.flatten(), stage)
 
 

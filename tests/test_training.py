@@ -1,7 +1,5 @@
 """Training: gradients through every network, losses that fall, runs that go on, files that load."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,45 +191,3 @@ def test_recipes_are_read_by_the_same_code_as_release_files() -> None:
 
     assert TransformerConfig.from_settings(settings).unread == ()
     assert upscaler.build(temporal=True) is not None
-
-
-def test_two_workers_take_the_same_steps_as_one_with_the_mean_of_their_gradients(
-    tmp_path: Path,
-) -> None:
-    code = (
-        "import sys, torch, torch.distributed as dist\n"
-        "from pathlib import Path\n"
-        "from ltxlite.training.course import _join\n"
-        "from ltxlite.training.loop import Loop, Pace\n"
-        "rank, folder = int(sys.argv[1]), Path(sys.argv[2])\n"
-        "torch.set_num_threads(1); _join(folder, f'{rank}/2')\n"
-        "torch.manual_seed(0); net = torch.nn.Linear(3, 2)\n"
-        "loop = Loop('pair', folder, {'net': net}, Pace(2, 0.1, warmup=1, clip=1e9))\n"
-        "for step in loop.steps(lambda _: None):\n"
-        "    x = torch.full((1, 3), float(rank + step + 1))\n"
-        "    loop.learn({'loss': net(x).square().sum()}, lambda _: None)\n"
-        "dist.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-c", code]
-    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    torch.manual_seed(0)
-    net = torch.nn.Linear(3, 2)
-    alone = Loop("alone", tmp_path, {"net": net}, Pace(2, 0.1, warmup=1, clip=1e9))
-    with torch.enable_grad():
-        for step in alone.steps(quiet):
-            inputs = (torch.full((1, 3), float(rank + step + 1)) for rank in range(2))
-            parts = torch.stack([net(x).square().sum() for x in inputs])
-            alone.learn({"loss": parts.mean()}, quiet)
-    together = torch.nn.Linear(3, 2)
-    trained(tmp_path / "pair.state.safetensors", "net", together)
-    # The mean of two gradients rounds once differently; Adam's first steps keep its sign.
-    torch.testing.assert_close(together.weight, net.weight, rtol=0, atol=1e-5)
-
-
-def test_a_worker_that_is_none_is_refused(tmp_path: Path) -> None:
-    from ltxlite.training.course import train_parts
-
-    for worker in ("2/2", "1", "0/1"):
-        with pytest.raises(RequestError, match="NUMBER/COUNT"):
-            train_parts(tmp_path, ["upscaler"], 1, quiet, worker)

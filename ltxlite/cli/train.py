@@ -7,7 +7,7 @@ from pathlib import Path
 from ltxlite.errors import RequestError
 
 EXAMPLE = """example:
-  ltxlite train world --out world/        # about 3 hours on two CPU cores
+  ltxlite train world --out world/        # about 2 hours on two CPU cores
   ltxlite train world --out world/ --resume
   ltxlite train orange --colour 0.95,0.5,0.05 --out words/   # a LoRA, a minute; then
   ltxlite demo --lora words/word-orange.safetensors \
@@ -33,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "upscaler_time, transformer; may be repeated",
     )
     parser.add_argument("--steps", type=int, help="steps of each --part (default: the recipe's)")
-    parser.add_argument(
-        "--worker", metavar="N/COUNT", help="be one of several processes that share each --part"
-    )
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes")
 
 
@@ -50,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
             print(_word(options, folder, terminal.note))  # noqa: T201
             return 0
         if options.part:
-            train_parts(folder, options.part, options.steps, terminal.note, options.worker)
+            train_parts(folder, options.part, options.steps, terminal.note)
             return 0
         files = train_world(folder, options.resume, terminal)
     for path in files:

@@ -1,21 +1,18 @@
 """The whole course from nothing to files: what is trained, in which order, what runs side by side.
 
 Two processes of one thread each, which two cores run twice as fast as one process of two threads:
-picture beside sound, then the upscalers beside the encoding of clips, then two that share the
-transformer.
+picture beside sound, then transformer beside upscalers. A video encoder stays from `FROZEN` of its
+run on, so who trains parts by hand may begin with `latents` there.
 """
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
-import torch.distributed as dist
 
 from ltxlite.errors import LtxliteError, RequestError
 from ltxlite.progress import Report
@@ -75,15 +72,11 @@ PARTS: Mapping[str, Part] = MappingProxyType(
         "transformer": Part(transformer.PACE, _transformer),
     }
 )
-# Tracks of parts, one process each; a round begins when the one before has ended. Equal tracks are
-# workers that share their part: each has batches of its own, gradients are averaged.
+# Tracks of parts, one process each; a round begins when the one before has ended.
 ROUNDS = (
     (("video_vae",), ("audio_vae", "vocoder")),
-    (("latents",), ("upscaler", "upscaler_time")),
-    (("transformer",), ("transformer",)),
+    (("latents", "transformer"), ("upscaler", "upscaler_time")),
 )
-_STORE = "workers"  # the file by which workers find each other
-_PATIENCE = timedelta(minutes=10)  # for each other, on a busy machine
 
 
 def train_world(folder: Path, resume: bool, report: Report) -> list[Path]:
@@ -95,12 +88,7 @@ def train_world(folder: Path, resume: bool, report: Report) -> list[Path]:
         raise RequestError(f"{folder}: holds an earlier run; --resume goes on with it")
     folder.mkdir(parents=True, exist_ok=True)
     for tracks in ROUNDS:
-        (folder / _STORE).unlink(missing_ok=True)
-        shared = len(tracks) if len(set(tracks)) == 1 else 1
-        processes = [
-            _begun(folder, parts, f"{number}/{shared}" if shared > 1 else None)
-            for number, parts in enumerate(tracks)
-        ]
+        processes = [_begun(folder, parts) for parts in tracks]
         report.note(f"training {' beside '.join(' then '.join(parts) for parts in tracks)}")
         failed = [process.args for process in processes if process.wait()]
         if failed:
@@ -109,40 +97,21 @@ def train_world(folder: Path, resume: bool, report: Report) -> list[Path]:
     return [*files, write_sheet(folder, folder / "sheet.png")]
 
 
-def train_parts(
-    folder: Path, names: list[str], steps: int | None, note: Note, worker: str | None = None
-) -> None:
+def train_parts(folder: Path, names: list[str], steps: int | None, note: Note) -> None:
     """Train some parts, one after the other, in this process and on one thread.
 
-    worker: "0/2" for the first of two processes that train the same parts together.
-    Raises RequestError for a part that is not there, or a worker that is none.
+    Raises RequestError for a part that is not there.
     """
     torch.set_num_threads(1)
     for name in names:
         if name not in PARTS:
             raise RequestError(f"no part is called {name!r}; choose {', '.join(PARTS)}")
-    if worker is not None:
-        _join(folder, worker)
     for name in names:
         part = PARTS[name]
         part.run(folder, part.pace if steps is None else replace(part.pace, steps=steps), note)
 
 
-def _join(folder: Path, worker: str) -> None:
-    """Become one of the workers in a folder; waits for the others."""
-    match = re.fullmatch(r"(\d)/([2-9])", worker)
-    if match is None or match[1] >= match[2]:
-        raise RequestError(f"--worker {worker}: wanted NUMBER/COUNT, such as 0/2 and 1/2")
-    dist.init_process_group(
-        "gloo",
-        init_method=(folder.absolute() / _STORE).as_uri(),
-        rank=int(match[1]),
-        world_size=int(match[2]),
-        timeout=_PATIENCE,
-    )
-
-
-def _begun(folder: Path, parts: tuple[str, ...], worker: str | None) -> "subprocess.Popen[bytes]":
+def _begun(folder: Path, parts: tuple[str, ...]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "ltxlite", "train", "world", "--resume", "--out", str(folder)]
     command += [f"--part={part}" for part in parts]
-    return subprocess.Popen(command if worker is None else [*command, f"--worker={worker}"])
+    return subprocess.Popen(command)

@@ -19,19 +19,23 @@ from ltxlite.training.world import Facts, every_fact, is_held_out
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of clip: size in pixels, frames, frames a second, how many, share of the batches."""
+    """A kind of clip: size in pixels, frames, frames a second, how many.
+
+    spread: of the scenes' chance, as `draw` takes it.
+    """
 
     height: int
     width: int
     frames: int
     fps: float
     count: int
-    share: float
+    spread: float = 1.0
 
     @property
     def name(self) -> str:
         """The name of its tensors."""
-        return f"{self.height}x{self.width}x{self.frames}@{self.fps:g}"
+        narrow = "" if self.spread == 1 else f"~{self.spread:g}"
+        return f"{self.height}x{self.width}x{self.frames}@{self.fps:g}{narrow}"
 
     @property
     def sound(self) -> int:
@@ -39,16 +43,25 @@ class Kind:
         return AudioGrid().latent_frames(self.frames, self.fps)
 
 
+NARROW = 0.4
 KINDS = (
-    Kind(64, 64, 17, 16, 3072, 0.56),
-    Kind(128, 128, 17, 16, 640, 0.24),
-    Kind(64, 96, 17, 16, 384, 0.06),
-    Kind(64, 64, 25, 16, 256, 0.05),
-    Kind(64, 64, 9, 16, 256, 0.02),
-    Kind(64, 64, 17, 12, 256, 0.02),
-    Kind(64, 64, 17, 24, 256, 0.02),
-    Kind(128, 192, 17, 16, 96, 0.02),
-    Kind(128, 128, 25, 16, 96, 0.01),
+    Kind(64, 64, 17, 16, 3072),
+    Kind(128, 128, 17, 16, 640),
+    Kind(64, 96, 17, 16, 384),
+    Kind(64, 64, 25, 16, 256),
+    Kind(64, 64, 9, 16, 256),
+    Kind(64, 64, 17, 12, 256),
+    Kind(64, 64, 17, 24, 256),
+    Kind(128, 192, 17, 16, 96),
+    Kind(128, 128, 25, 16, 96),
+    Kind(64, 64, 17, 16, 3072, NARROW),
+    Kind(128, 128, 17, 16, 768, NARROW),
+    Kind(64, 96, 17, 16, 192, NARROW),
+    Kind(64, 64, 25, 16, 192, NARROW),
+    Kind(64, 64, 9, 16, 128, NARROW),
+    Kind(64, 64, 17, 12, 128, NARROW),
+    Kind(64, 64, 17, 24, 128, NARROW),
+    Kind(128, 192, 17, 16, 64, NARROW),
 )
 FILE = "latents.safetensors"
 _PART = 16
@@ -102,7 +115,7 @@ def _encoded(
     encoders: tuple[VideoEncoder, AudioEncoder],
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    scenes: Scenes = draw(facts, generator)
+    scenes: Scenes = draw(facts, generator, kind.spread)
     pixels = pictures(scenes, (kind.height, kind.width), kind.frames, kind.fps)
     sounds = spectrograms(scenes, 4 * kind.sound - 3)
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ltxlite.errors import CheckpointError
@@ -110,7 +109,6 @@ class Loop:
                 group["lr"] = share * optimizer.defaults["lr"]
             optimizer.zero_grad(set_to_none=True)
         total.backward()
-        self._average_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.pace.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -120,11 +118,9 @@ class Loop:
         )
 
     def save(self) -> None:
-        """Write the state; of several workers the first does."""
+        """Write the state."""
         from safetensors.torch import save_file
 
-        if dist.is_initialized() and dist.get_rank():
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with written_beside(self.path) as unfinished:
             save_file(self._state(), unfinished, {"pace": json.dumps(asdict(self.pace))})
@@ -138,8 +134,6 @@ class Loop:
         self.networks.load_state_dict(weights)
         self.step = int(state["step"])
         self.generator.set_state(state["generator"])
-        if dist.is_initialized() and dist.get_rank():
-            self.generator.manual_seed(self.step + dist.get_rank())  # batches of its own
         for key, moments in self._moments():
             if f"m.{key}" not in state:
                 continue
@@ -148,20 +142,6 @@ class Loop:
                 moments["exp_avg_sq"] = state[f"v.{key}"]
                 moments["step"] = torch.tensor(float(self.step))
         note(f"{self.name}: going on at step {self.step} of {self.pace.steps}")
-
-    def _average_gradients(self) -> None:
-        """Take the mean over all workers, where there are several, each with batches of its own."""
-        if not dist.is_initialized():
-            return
-        values = list(self.parameters.values())
-        for value in values:
-            if value.grad is None:
-                value.grad = torch.zeros_like(value)
-        flat = torch.cat([value.grad.flatten() for value in values if value.grad is not None])
-        dist.all_reduce(flat)
-        parts = flat.div_(dist.get_world_size()).split([value.numel() for value in values])
-        for value, part in zip(values, parts, strict=True):
-            value.grad = part.view_as(value)
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"w.{key}": value for key, value in self.networks.state_dict().items()}

@@ -23,7 +23,7 @@ from ltxlite.release import release_name
 from ltxlite.request import Files
 from ltxlite.training import recipe
 from ltxlite.training.export import save
-from ltxlite.training.latents import Kind, Latents, Scale
+from ltxlite.training.latents import NARROW, Kind, Latents, Scale
 from ltxlite.training.loop import Loop, Note, Pace
 from ltxlite.training.scene import draw, pictures, spectrograms
 from ltxlite.training.text import CaptionRows, TextPath
@@ -33,7 +33,7 @@ from ltxlite.training.world import SPARE, Rgb, shown
 PACE = Pace(steps=300, rate=4e-3, warmup=20, decay=0.5)
 RANK = 4
 TARGETS = re.compile(r"transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)")  # of the picture
-_KIND = Kind(64, 64, 17, 16.0, 256, 1.0)
+_KIND = Kind(64, 64, 17, 16.0, 256, NARROW)
 _PART = 16
 _CLIPS = 24  # of a batch
 _KNOWN = 0.5  # of the batches show colours that have a word: what they mean is to stay
@@ -144,7 +144,7 @@ def _clips(
     encoders = networks.video_encoder(), networks.audio_encoder()
     parts = []
     for begin in range(0, len(facts), _PART):
-        scenes = draw(facts[begin : begin + _PART], generator)
+        scenes = draw(facts[begin : begin + _PART], generator, NARROW)
         if new is not None:
             scenes = replace(scenes, colour=torch.tensor(new[1]).expand(len(scenes), 3))
         pixels = pictures(scenes, (_KIND.height, _KIND.width), _KIND.frames, _KIND.fps)

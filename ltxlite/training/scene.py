@@ -57,12 +57,17 @@ class Scenes:
         return torch.where(self.pulsing[:, None] > 0, 0.5 + 0.5 * angles.cos(), 1.0)
 
 
-def draw(facts: Sequence[Facts], generator: torch.Generator) -> Scenes:
-    """Draw scenes that the facts describe; place, size, speed and phase are chance."""
+def draw(facts: Sequence[Facts], generator: torch.Generator, spread: float = 1.0) -> Scenes:
+    """Draw scenes that the facts describe; place, size, speed and phase are chance.
+
+    spread: how much of their ranges, around the middles, places, sizes and speeds take; below 1
+    pulses begin at their loudest or at their faintest.
+    """
     count = len(facts)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+        chance = 0.5 + spread * (torch.rand(count, *shape, generator=generator) - 0.5)
+        return low + (high - low) * chance
 
     way = torch.tensor([DIRECTIONS[item.direction] for item in facts], dtype=torch.float32)
     return Scenes(
@@ -74,8 +79,12 @@ def draw(facts: Sequence[Facts], generator: torch.Generator) -> Scenes:
         radius=uniform(*_RADII),
         pitch=torch.tensor([float(TONES[item.tone]) for item in facts]),
         pulsing=torch.tensor([float(item.rhythm == "pulsing") for item in facts]),
-        phase=uniform(0.0, 2 * math.pi),
+        phase=_phase(torch.rand(count, generator=generator), spread),
     )
+
+
+def _phase(chance: Tensor, spread: float) -> Tensor:
+    return 2 * math.pi * (chance if spread == 1 else (2 * chance).floor() / 2)
 
 
 def coverage(shape: int, x: Tensor, y: Tensor, radius: Tensor, pixel: float) -> Tensor:

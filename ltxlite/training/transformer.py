@@ -25,10 +25,16 @@ from ltxlite.training.loop import Loop, Note, Pace
 from ltxlite.training.text import CaptionRows, TextPath, sampled_contexts, text_path
 from ltxlite.training.world import PHRASES, every_fact
 
-PACE = Pace(steps=6000, rate=2e-3, warmup=200, decay=0.5, matrix_rate=0.02)
+PACE = Pace(steps=7000, rate=2e-3, warmup=200, decay=0.5, matrix_rate=0.02)
 _FIRST = TABLES["distilled"][:-1]
 _SECOND = TABLES["stage2"][:-1]
 _TABLED = 0.6  # of the noise levels are a schedule's
+# Of a run, with scenes of every place, size and speed. Few steps of sampling cannot choose among
+# so much at once: they blend, and shapes melt. What is sampled later is narrow, and so is training.
+_WIDE = 0.4
+# From then on noise levels of a table count by what is decided there: above 0.97, where five of
+# eight lie, hardly anything of a clip can be seen yet.
+_FAINT, _DECISIVE = 1.0, 4.0
 # Chances of what a step trains besides plain generation.
 _EMPTY, _FIRST_FRAME, _GIVEN_SOUND, _GIVEN_PICTURE = 0.05, 0.2, 0.1, 0.1
 _MUTE = 0.4
@@ -141,11 +147,9 @@ class TransformerTraining:
         self.lesson = Lesson(self.path, CaptionRows(self.path), self.loop.generator)
         latents = read_latents(folder)
         self.scale = Scale.of(next(iter(latents.values())))
-        self.tables = [Table.of(item, self.scale, self.transformer) for item in latents.values()]
-        shares = [
-            (item.kind.count * item.kind.height * item.kind.width) ** 0.5 for item in self.tables
-        ]
-        self.shares = torch.tensor(shares)
+        tables = [Table.of(item, self.scale, self.transformer) for item in latents.values()]
+        self.wide = [table for table in tables if table.kind.spread == 1]
+        self.narrow = [table for table in tables if table.kind.spread < 1]
 
     def run(self, note: Note) -> None:
         """Train to the end."""
@@ -155,7 +159,10 @@ class TransformerTraining:
     def losses(self, step: int) -> dict[str, Tensor]:
         """Compute the losses of a step's batch."""
         generator = self.loop.generator
-        table = self.tables[int(torch.multinomial(self.shares, 1, generator=generator))]
+        tables = self.wide if self.loop.pace.progress(step) < _WIDE else self.narrow
+        areas = [item.kind.count * item.kind.height * item.kind.width for item in tables]
+        shares = torch.tensor(areas).sqrt()
+        table = tables[int(torch.multinomial(shares, 1, generator=generator))]
         picks = torch.randint(len(table.facts), (table.clips,), generator=generator)
         said = self._captions(table, picks)
         return lesson_losses(self.transformer, self.lesson, table, picks, said)
@@ -188,7 +195,7 @@ class Lesson:
         mute = chance[3] < _MUTE
         return Case(
             picks,
-            _levels(levels, len(picks), generator),
+            _levels(levels, len(picks), table.kind.spread < 1, generator),
             first_frame=chance[1] < _FIRST_FRAME,
             given_sound=given < _GIVEN_SOUND and not mute,
             given_picture=given > 1 - _GIVEN_PICTURE and not mute,
@@ -210,8 +217,12 @@ def lesson_losses(
     return _compared(table, case, made, [n - x for n, x in zip(noise, clean, strict=True)])
 
 
-def _levels(table: tuple[float, ...], count: int, generator: torch.Generator) -> Tensor:
-    listed = torch.tensor(table)[torch.randint(len(table), (count,), generator=generator)]
+def _levels(
+    table: tuple[float, ...], count: int, decisive: bool, generator: torch.Generator
+) -> Tensor:
+    levels = torch.tensor(table)
+    weights = torch.where(levels < 0.95, _DECISIVE, _FAINT) if decisive else torch.ones(len(levels))
+    listed = levels[torch.multinomial(weights, count, replacement=True, generator=generator)]
     free = torch.sigmoid(0.8 + 1.2 * torch.randn(count, generator=generator))
     return torch.where(torch.rand(count, generator=generator) < _TABLED, listed, free)
 

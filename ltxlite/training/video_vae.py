@@ -73,7 +73,7 @@ _COURSE: tuple[tuple[float, tuple[Batch, ...]], ...] = (
         ),
     ),
 )
-_FROZEN = 0.6  # of the run, after which the encoder stays: others already learn its latents
+FROZEN = 0.6  # of the run, after which the encoder stays: others already learn its latents
 
 
 def build() -> tuple[VideoEncoder, VideoDecoder]:
@@ -185,7 +185,7 @@ class VideoVAETraining:
         batch = batches[step % len(batches)]
         covered = self._pool(batch.size).sample(batch.clips, batch.frames, generator)
         pixels = painted(covered, generator)
-        if progress >= _FROZEN:
+        if progress >= FROZEN:
             self.encoder.requires_grad_(False)
         with torch.autocast("cpu", torch.bfloat16):
             latent = encode(self.encoder, pixels).float()

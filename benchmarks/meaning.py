@@ -2,15 +2,19 @@
 
 The shipped world model makes a clip of each caption in two stages, in every format and with parts
 of the network broken on purpose. Colour, background, direction, shape and rhythm are measured in
-the decoded frames, tone and rhythm in the waveform. `seen` is the rhythm of the picture, `as one`
-the share of pulsing clips whose picture and sound pulse together.
+the decoded frames, tone and rhythm in the waveform. `speed` tells whether shapes are as fast as in
+training, `seen` is the rhythm of the picture, `as one` the share of pulsing clips whose picture and
+sound pulse together.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +37,7 @@ from ltxlite.progress import Clock, Report
 from ltxlite.request import Files, Output, Request
 from ltxlite.stages import Latents, beginning
 from ltxlite.training.measure import facts_of, listen_to, look, together
+from ltxlite.training.scene import SPEEDS
 from ltxlite.training.sheet import save_rows
 from ltxlite.training.world import Facts, held_out
 from ltxlite_quant.policy import recipe_named
@@ -43,6 +48,7 @@ FORMATS = ("bf16", "fp8", "int8", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_N
 SHEET, SHEET_STEP = 8, 4  # clips, and every which of their frames
 MATHS = ("int8", "fp16", "fp8")
 AS_ONE = 0.5  # correlation of size and loudness
+SPEED_SLACK = 0.06  # of what is measured, beyond the speeds that training draws
 LEAST: Mapping[str, float] = MappingProxyType(
     {
         **dict.fromkeys(("background", "colour", "direction", "tone", "rhythm"), 0.95),
@@ -73,7 +79,12 @@ def _blocks(transformer: Transformer) -> list[Block]:
 def _close(*modules: nn.Module) -> None:
     for module in modules:
         for value in module.parameters():
-            value.zero_()
+            _set(value, 0.0)
+
+
+def _set(value: Tensor, number: float) -> None:
+    """Replace a weight: what lies in a mapped file cannot be written over."""
+    value.data = torch.full_like(value, number)
 
 
 def text_off(transformer: Transformer) -> None:
@@ -99,14 +110,14 @@ def norms_off(transformer: Transformer) -> None:
     """Leave the weights of query and key norms out."""
     for name, value in transformer.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            value.fill_(1)
+            _set(value, 1.0)
 
 
 def prompt_modulation_off(transformer: Transformer) -> None:
     """Leave the prompt as it comes from the connector."""
     for name, value in transformer.named_parameters():
         if "prompt_" in name:
-            value.zero_()
+            _set(value, 0.0)
 
 
 def last_block_off(transformer: Transformer) -> None:
@@ -203,6 +214,9 @@ class Trial:
         waveform, rate = pipeline.decode_sound(networks, latents.audio)
         sight, hearing = look(frames, float(FPS)), listen_to(waveform, rate)
         right = {k: float(v) for k, v in facts.agreement(facts_of(sight, hearing)).items()}
+        slow, fast = SPEEDS
+        speed = float(sight.velocity.norm())
+        right["speed"] = float(slow - SPEED_SLACK <= speed <= fast + SPEED_SLACK)
         right["seen"] = float(sight.rhythm == facts.rhythm)
         if facts.rhythm == "pulsing":
             right["as one"] = float(together(sight, hearing, float(FPS)) > AS_ONE)
@@ -275,20 +289,35 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--captions", type=int, default=64, help="held-out captions a row [64]")
     parser.add_argument("--case", action="append", help="only this row; may be repeated")
     parser.add_argument("--sheet", type=Path, help="also write frames of the first row's clips")
+    parser.add_argument("--workers", type=int, default=1, help="rows at a time, a thread each [1]")
     parser.add_argument("--check", action="store_true", help="compare with the issue's targets")
     parser.add_argument("--out", action="store_true", help="also keep the JSON under results/")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     found: dict[str, list[Scores]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(_unquantized(Path(folder)), options.captions)
-        for run in runs():
-            if options.case is None or run.name in options.case:
-                found[run.name] = trial.scores(run)
-                console.print(run.name, json.dumps(found[run.name]), soft_wrap=True, markup=False)
-                if options.sheet and len(found) == 1:
-                    save_rows([clip[::SHEET_STEP] for clip in trial.clips[:SHEET]], options.sheet)
+    names = [run.name for run in runs() if options.case is None or run.name in options.case]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(options.workers, get_context("spawn")) as pool,
+    ):
+        model = _unquantized(Path(folder))
+        sheets = [options.sheet, *[None] * len(names)]
+        rows = pool.map(_row, names, repeat(model), repeat(options.captions), sheets)
+        for name, scores in zip(names, rows, strict=True):
+            found[name] = scores
+            console.print(name, json.dumps(scores), soft_wrap=True, markup=False)
     return _finish(options, found, console)
+
+
+def _row(name: str, model: Path, captions: int, sheet: Path | None) -> list[Scores]:
+    """Make one row of the table, in a process of its own."""
+    torch.set_num_threads(1)
+    run = next(run for run in runs() if run.name == name)
+    trial = Trial(model, captions)
+    scores = trial.scores(run)
+    if sheet is not None:
+        save_rows([clip[::SHEET_STEP] for clip in trial.clips[:SHEET]], sheet)
+    return scores
 
 
 def _unquantized(folder: Path) -> Path:

@@ -93,7 +93,9 @@ def test_nothing_to_see_or_hear_is_measured_without_an_error() -> None:
 
 def test_narrow_scenes_stay_near_the_middles_and_pulse_in_two_ways() -> None:
     facts = every_fact()[::3]
-    wide, narrow = (scene.draw(facts, torch.Generator().manual_seed(5), spread) for spread in (1.0, 0.4))
+    wide, narrow = (
+        scene.draw(facts, torch.Generator().manual_seed(5), spread) for spread in (1.0, 0.4)
+    )
     middle = (0.21 + 0.28) / 2
     assert (narrow.radius - middle).abs().max() <= 0.4 * 0.035 + 1e-6
     # The same chance, drawn together: each scene lies 0.4 times as far out.

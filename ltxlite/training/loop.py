@@ -17,7 +17,9 @@ from ltxlite.training.muon import Muon
 _SAVE_SECONDS = 60.0
 _NOTE_SECONDS = 15.0
 _KEPT = 0.98  # of the running means that are shown
-_ROWS = ("table", "registers")  # parameters whose rows are values of their own, no matrices
+# Parameters whose rows are values of their own, no matrices. Muon moves the few rows of a gate so
+# far that its sigmoid closes for good: sound and picture never found each other.
+_ROWS = ("table", "registers", "to_gate_logits.weight")
 Note = Callable[[str], None]
 
 

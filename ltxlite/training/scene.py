@@ -23,7 +23,7 @@ QUIETEST = 0.02  # amplitude between pulses, of the loudest
 # vocoder repeats itself every mel frame of 10 ms, so that only these do not drift against it.
 OVERTONES = (1.0, 0.4, 0.2)
 _RADII = (0.21, 0.28)
-_SPEEDS = (0.32, 0.42)
+SPEEDS = (0.32, 0.42)  # shorter sides a second
 _WANDER = 0.06
 _RING_HOLE = 0.5
 _TRIANGLE_INSIDE = 0.62  # radius of the inscribed circle, of the shape's
@@ -75,7 +75,7 @@ def draw(facts: Sequence[Facts], generator: torch.Generator, spread: float = 1.0
         background=torch.tensor([BACKGROUNDS[item.background] for item in facts]),
         shape=torch.tensor([SHAPES.index(item.shape) for item in facts]),
         centre=uniform(-_WANDER, _WANDER, 2),
-        velocity=way * uniform(*_SPEEDS)[:, None],
+        velocity=way * uniform(*SPEEDS)[:, None],
         radius=uniform(*_RADII),
         pitch=torch.tensor([float(TONES[item.tone]) for item in facts]),
         pulsing=torch.tensor([float(item.rhythm == "pulsing") for item in facts]),

@@ -7,7 +7,7 @@ sound, given picture, an empty prompt, several lengths, rates and sizes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,8 +36,11 @@ _WIDE = 0.4
 # eight lie, hardly anything of a clip can be seen yet.
 _FAINT, _DECISIVE = 1.0, 4.0
 # Chances of what a step trains besides plain generation.
-_EMPTY, _FIRST_FRAME, _GIVEN_SOUND, _GIVEN_PICTURE = 0.05, 0.2, 0.1, 0.1
-_MUTE = 0.4
+_EMPTY, _FIRST_FRAME, _GIVEN_PICTURE = 0.05, 0.2, 0.1
+# First what is seen, half the time without sound; that both pulse together is learned last.
+_MUTE, _GIVEN_SOUND = 0.4, 0.1
+_TOGETHER = 0.5  # of the run, from where on:
+_MUTE_LATE, _GIVEN_SOUND_LATE = 0.1, 0.25
 _OTHER_PHRASE = 0.15
 _TOKENS = 1900  # of a batch, both streams: 48 clips of 64x64x17
 
@@ -145,6 +148,7 @@ class TransformerTraining:
         networks: dict[str, nn.Module] = {"transformer": self.transformer, **self.path.networks()}
         self.loop = Loop("transformer", folder, networks, pace)
         self.lesson = Lesson(self.path, CaptionRows(self.path), self.loop.generator)
+        self.late = replace(self.lesson, mute=_MUTE_LATE, given_sound=_GIVEN_SOUND_LATE)
         latents = read_latents(folder)
         self.scale = Scale.of(next(iter(latents.values())))
         tables = [Table.of(item, self.scale, self.transformer) for item in latents.values()]
@@ -165,7 +169,8 @@ class TransformerTraining:
         table = tables[int(torch.multinomial(shares, 1, generator=generator))]
         picks = torch.randint(len(table.facts), (table.clips,), generator=generator)
         said = self._captions(table, picks)
-        return lesson_losses(self.transformer, self.lesson, table, picks, said)
+        lesson = self.late if self.loop.pace.progress(step) >= _TOGETHER else self.lesson
+        return lesson_losses(self.transformer, lesson, table, picks, said)
 
     def _captions(self, table: Table, picks: Tensor) -> list[str]:
         generator = self.loop.generator
@@ -180,11 +185,16 @@ class TransformerTraining:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What turns captions into contexts while something learns, and its source of chance."""
+    """What turns captions into contexts while something learns, and its source of chance.
+
+    mute, given_sound: shares of the batches without sound, and of those it is given to.
+    """
 
     path: TextPath
     rows: CaptionRows
     generator: torch.Generator
+    mute: float = _MUTE
+    given_sound: float = _GIVEN_SOUND
 
     def case(self, table: Table, picks: Tensor) -> Case:
         """Draw what a batch of these clips trains."""
@@ -192,12 +202,12 @@ class Lesson:
         chance = torch.rand(4, generator=generator).tolist()
         levels = _SECOND if table.kind.height >= 128 else _FIRST
         given = chance[2]
-        mute = chance[3] < _MUTE
+        mute = chance[3] < self.mute
         return Case(
             picks,
             _levels(levels, len(picks), table.kind.spread < 1, generator),
             first_frame=chance[1] < _FIRST_FRAME,
-            given_sound=given < _GIVEN_SOUND and not mute,
+            given_sound=given < self.given_sound and not mute,
             given_picture=given > 1 - _GIVEN_PICTURE and not mute,
             mute=mute,
         )

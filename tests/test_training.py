@@ -64,6 +64,18 @@ def test_every_weight_of_the_video_vae_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_gradients")
+def test_the_decoder_goes_on_alone_from_where_both_halves_ended(tmp_path: Path) -> None:
+    both = video_vae.VideoVAETraining(tmp_path, PACE, scenes=16)
+    both.loop.save()
+    alone = video_vae.VideoDecoderTraining(tmp_path, PACE, scenes=16)
+    assert torch.equal(alone.decoder.conv_out.conv.weight, both.decoder.conv_out.conv.weight)
+    learn(alone.loop, alone.losses, 1)
+    assert not unmoved(alone.loop)
+    for name, value in both.encoder.state_dict().items():
+        assert torch.equal(alone.encoder.state_dict()[name], value), name
+
+
+@pytest.mark.usefixtures("_gradients")
 def test_audio_losses_fall_and_every_weight_learns(tmp_path: Path) -> None:
     training = audio_vae.AudioVAETraining(tmp_path, Pace(steps=40, rate=2e-3, warmup=2))
     losses = learn(training.loop, training.losses, 12)

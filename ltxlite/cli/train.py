@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         action="append",
         default=[],
-        help="train this part alone: video_vae, audio_vae, vocoder, latents, upscaler, "
-        "upscaler_time, transformer; may be repeated",
+        help="train this part alone: video_vae, video_decoder, audio_vae, vocoder, latents, "
+        "upscaler, upscaler_time, transformer; may be repeated",
     )
     parser.add_argument("--steps", type=int, help="steps of each --part (default: the recipe's)")
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes")

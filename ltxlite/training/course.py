@@ -37,6 +37,10 @@ def _video_vae(folder: Path, pace: Pace, note: Note) -> None:
     video_vae.VideoVAETraining(folder, pace).run(note)
 
 
+def _video_decoder(folder: Path, pace: Pace, note: Note) -> None:
+    video_vae.VideoDecoderTraining(folder, pace).run(note)
+
+
 def _audio_vae(folder: Path, pace: Pace, note: Note) -> None:
     audio_vae.AudioVAETraining(folder, pace).run(note)
 
@@ -64,6 +68,7 @@ def _transformer(folder: Path, pace: Pace, note: Note) -> None:
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
         "video_vae": Part(video_vae.PACE, _video_vae),
+        "video_decoder": Part(video_vae.POLISH, _video_decoder),
         "audio_vae": Part(audio_vae.PACE, _audio_vae),
         "vocoder": Part(vocoder.PACE, _vocoder),
         "upscaler": Part(upscaler.PACE, _upscaler),
@@ -75,7 +80,7 @@ PARTS: Mapping[str, Part] = MappingProxyType(
 # Tracks of parts, one process each; a round begins when the one before has ended.
 ROUNDS = (
     (("video_vae",), ("audio_vae", "vocoder")),
-    (("latents", "transformer"), ("upscaler", "upscaler_time")),
+    (("latents", "transformer"), ("video_decoder", "upscaler", "upscaler_time")),
 )
 
 

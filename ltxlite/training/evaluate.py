@@ -43,7 +43,7 @@ class Trial:
         self.rows = CaptionRows(self.path)
         self.scale = Scale.of(next(iter(read_latents(folder).values())))
         _, self.decoder = video_vae.build()
-        trained(folder / "video_vae.state.safetensors", "decoder", self.decoder)
+        trained(folder / "video_decoder.state.safetensors", "decoder", self.decoder)
         _, self.sound = audio_vae.build()
         trained(folder / "audio_vae.state.safetensors", "decoder", self.sound)
         self.upscaler = upscaler.build(temporal=False)

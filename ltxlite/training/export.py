@@ -81,8 +81,11 @@ def _media(states: Path, scale: Scale) -> dict[str, nn.Module]:
     encoder, decoder = video_vae.build()
     hearing, playing = audio_vae.build()
     playing_vocoder = vocoder.build()
-    for name, network in (("encoder", encoder), ("decoder", decoder)):
-        trained(states / "video_vae.state.safetensors", name, network)
+    for part, name, network in (
+        ("video_vae", "encoder", encoder),
+        ("video_decoder", "decoder", decoder),
+    ):
+        trained(states / f"{part}.state.safetensors", name, network)
         network.latent_mean.copy_(scale.video_mean)
         network.latent_std.copy_(scale.video_std)
     for name, sound in (("encoder", hearing), ("decoder", playing)):

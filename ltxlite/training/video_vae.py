@@ -17,11 +17,12 @@ from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
 from ltxlite.models.video_vae_config import VideoVAEConfig
 from ltxlite.training import recipe
 from ltxlite.training.differentiable import decode, encode
-from ltxlite.training.loop import Loop, Note, Pace
+from ltxlite.training.loop import Loop, Note, Pace, trained
 from ltxlite.training.scene import draw, masks
 from ltxlite.training.world import BACKGROUNDS, COLOURS, every_fact
 
 PACE = Pace(steps=10000, rate=2e-3, decay=0.5, clip=0.5, matrix_rate=0.03)
+POLISH = Pace(steps=1800, rate=5e-4, warmup=50, decay=0.9, clip=0.5, matrix_rate=0.01)
 _LONGEST = 25
 _RATES = (12.0, 16.0, 16.0, 16.0, 20.0, 24.0)
 _NOISE = 0.1  # of latents whose deviation is about 1: errors of 4-bit networks do not show
@@ -73,6 +74,7 @@ _COURSE: tuple[tuple[float, tuple[Batch, ...]], ...] = (
         ),
     ),
 )
+_POLISHING = (Batch(2, 17, _LARGE), Batch(6, 17, _SMALL), Batch(2, 17, _LARGE), Batch(4, 17, _WIDE))
 FROZEN = 0.6  # of the run, after which the encoder stays: others already learn its latents
 
 
@@ -118,6 +120,25 @@ class Pool:
         firsts = torch.randint(latest, (clips,), generator=generator).tolist()
         pieces = [self.masks[n, i : i + frames] for n, i in zip(picks, firsts, strict=True)]
         return torch.stack(pieces).float() / 255
+
+
+class Pools:
+    """Pools of all sizes, each rendered when it is first needed.
+
+    scenes: how many of the smallest size; larger ones have as many pixels together.
+    """
+
+    def __init__(self, scenes: int) -> None:
+        self.scenes = scenes
+        self._made: dict[tuple[int, int], Pool] = {}
+
+    def of(self, size: tuple[int, int]) -> Pool:
+        """Return the pool of a size (height, width)."""
+        if size not in self._made:
+            generator = torch.Generator().manual_seed(recipe.SEED + size[0] * size[1])
+            count = self.scenes * _SMALL[0] * _SMALL[1] // (size[0] * size[1])
+            self._made[size] = Pool(size, max(16, count), generator)
+        return self._made[size]
 
 
 def painted(covered: Tensor, generator: torch.Generator) -> Tensor:
@@ -170,8 +191,7 @@ class VideoVAETraining:
         self.encoder, self.decoder = build()
         networks = {"encoder": self.encoder, "decoder": self.decoder}
         self.loop = Loop("video_vae", folder, networks, pace)
-        self.scenes = scenes
-        self._pools: dict[tuple[int, int], Pool] = {}
+        self.pools = Pools(scenes)
 
     def run(self, note: Note) -> None:
         """Train to the end."""
@@ -183,7 +203,7 @@ class VideoVAETraining:
         generator, progress = self.loop.generator, self.loop.pace.progress(step)
         batches = [batches for begin, batches in _COURSE if progress >= begin][-1]
         batch = batches[step % len(batches)]
-        covered = self._pool(batch.size).sample(batch.clips, batch.frames, generator)
+        covered = self.pools.of(batch.size).sample(batch.clips, batch.frames, generator)
         pixels = painted(covered, generator)
         if progress >= FROZEN:
             self.encoder.requires_grad_(False)
@@ -196,10 +216,35 @@ class VideoVAETraining:
         found["latent"] = 1e-3 * latent.square().mean()
         return found
 
-    def _pool(self, size: tuple[int, int]) -> Pool:
-        """Return scenes of a size (height, width), rendered when they are first needed."""
-        if size not in self._pools:
-            generator = torch.Generator().manual_seed(recipe.SEED + size[0] * size[1])
-            count = self.scenes * _SMALL[0] * _SMALL[1] // (size[0] * size[1])
-            self._pools[size] = Pool(size, max(16, count), generator)
-        return self._pools[size]
+
+class VideoDecoderTraining:
+    """The decoder alone, gone on with: the encoder is known by now, edges and flat grounds are not.
+
+    Reads the state of `VideoVAETraining` in the same folder.
+    """
+
+    def __init__(self, folder: Path, pace: Pace = POLISH, scenes: int = 640) -> None:
+        self.encoder, self.decoder = build()
+        state = folder / "video_vae.state.safetensors"
+        trained(state, "encoder", self.encoder)
+        trained(state, "decoder", self.decoder)
+        self.decoder.requires_grad_(True)
+        self.loop = Loop("video_decoder", folder, {"decoder": self.decoder}, pace)
+        self.pools = Pools(scenes)
+
+    def run(self, note: Note) -> None:
+        """Train to the end."""
+        for step in self.loop.steps(note):
+            self.loop.learn(self.losses(step), note)
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """Compute the losses of a step's batch; edges and absolute differences count twice."""
+        generator, batch = self.loop.generator, _POLISHING[step % len(_POLISHING)]
+        covered = self.pools.of(batch.size).sample(batch.clips, batch.frames, generator)
+        pixels = painted(covered, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latent = encode(self.encoder, pixels).float()
+            noise = torch.randn(latent.shape, generator=generator)
+            made = decode(self.decoder, latent + _NOISE * noise).float()
+        return losses(made, pixels, covered, 2.0)

@@ -54,12 +54,12 @@ def test_a_clip_shows_and_sounds_as_a_caption_says_that_training_never_saw(
     made = world.denoised(world.states(), world.contexts(facts.caption()))
     seen = facts_of(world.seen(made), world.heard(made))
     right = facts.agreement(seen)
-    # Shapes are too coarse at 64 pixels, and directions have a test of their own.
-    told = ("background", "colour", "tone", "rhythm")
+    # Shapes are right in nine of ten, not in all: they have a test of their own.
+    told = ("background", "colour", "direction", "tone", "rhythm")
     assert all(right[name] for name in told), seen.caption()
 
 
-def test_clips_move_as_captions_say_that_training_never_saw(world: World) -> None:
+def test_clips_show_shapes_that_move_as_captions_say_that_training_never_saw(world: World) -> None:
     every = held_out()
     chosen = every[:: len(every) // 8][:8]
     seen = [
@@ -68,6 +68,8 @@ def test_clips_move_as_captions_say_that_training_never_saw(world: World) -> Non
     ]
     right = [facts.direction == sight.direction for facts, sight in zip(chosen, seen, strict=True)]
     assert sum(right) >= 7  # by chance 2
+    shaped = [facts.shape == sight.shape for facts, sight in zip(chosen, seen, strict=True)]
+    assert sum(shaped) >= 6  # by chance 2.7
 
 
 def test_given_a_first_frame_the_clip_keeps_it_and_moves_as_told(world: World) -> None:
@@ -84,13 +86,13 @@ def test_given_a_first_frame_the_clip_keeps_it_and_moves_as_told(world: World) -
 
 def test_given_a_sound_the_picture_pulses_with_it(world: World) -> None:
     facts = next(item for item in captions() if item.rhythm == "pulsing")
-    for seed in range(2):
+    for seed in (1, 2):  # one begins at its loudest, one at its faintest
         given = world.encoded(facts, seed)
         states = world.states(audio=given.audio)
         states[1] = conditioning.freeze(states[1])
         made = world.denoised(states, world.contexts(facts.caption()), seed)
         assert torch.equal(patchify_audio(made.audio), states[1].initial)
-        assert together(world.seen(made), world.heard(made), 16.0) > 0.3
+        assert together(world.seen(made), world.heard(made), 16.0) > 0.5
 
 
 def test_a_retake_changes_its_interval_and_nothing_else(world: World) -> None:

@@ -31,6 +31,7 @@ from ltxlite.sampling.samplers import sample
 from ltxlite.sampling.schedules import TABLES, Schedule
 from ltxlite.sampling.settings import Guidance
 from ltxlite.training import scene
+from ltxlite.training.latents import NARROW
 from ltxlite.training.measure import Hearing, Sight, listen, look
 from ltxlite.training.world import Facts
 
@@ -110,8 +111,8 @@ class World:
         return listen(self.sounding(made.audio)[0])
 
     def encoded(self, facts: Facts, seed: int) -> Made:
-        """Draw a scene and encode it."""
-        scenes = scene.draw([facts], torch.Generator().manual_seed(seed))
+        """Draw a scene as the model knows them and encode it."""
+        scenes = scene.draw([facts], torch.Generator().manual_seed(seed), NARROW)
         frames = 4 * self.shape.audio_frames - 3
         sound = log_mel(scene.sounds(scenes, (frames - 1) * HOP), SAMPLE_RATE)
         pixels = scene.pictures(scenes, (SIDE, SIDE), FRAMES, FPS)

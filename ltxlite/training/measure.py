@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ltxlite.models import mel
-from ltxlite.training.scene import OVERTONES, area, coverage, pixel_middles
+from ltxlite.training.scene import OVERTONES, Outline, coverage, pixel_middles
 from ltxlite.training.world import BACKGROUNDS, COLOURS, SHAPES, TONES, Facts, Rgb
 
 _PULSE_SPREAD = 0.12  # of the size seen or the level heard, above which something pulses
 _EDGE = 4  # mel frames at both ends that see the mirrored sound beyond them
+# What a shape may look like: a ring drawn with too broad a band is a ring.
+_OUTLINES = (*(Outline(number) for number in range(len(SHAPES))), Outline(2, hole=0.4))
 _SILENCE = 1e-6  # mean of what may count as something
 
 
@@ -145,7 +147,7 @@ def _direction(velocity: Tensor) -> str:
 
 
 def _shape(seen: Tensor) -> str:
-    """Lay each shape, equally large, over the frames where most is seen; the best fit wins."""
+    """Lay each outline, equally large, over the frames where most is seen; the best fit wins."""
     sizes = seen.sum(dim=(1, 2))
     chosen = seen[sizes >= sizes.quantile(0.6)]
     side = min(seen.shape[1:])
@@ -153,12 +155,12 @@ def _shape(seen: Tensor) -> str:
     x, y = _centres(chosen)[:, :, None, None].unbind(1)
     covered = chosen.sum(dim=(1, 2)) / side**2
     fits = []
-    for number in range(len(SHAPES)):
-        radius = (covered / area(number, 1.0)).sqrt()[:, None, None]
-        template = coverage(number, columns - x, rows - y, radius, 1 / side)
+    for outline in _OUTLINES:
+        radius = (covered / outline.area).sqrt()[:, None, None]
+        template = coverage(outline, columns - x, rows - y, radius, 1 / side)
         both, either = torch.minimum(template, chosen), torch.maximum(template, chosen)
         fits.append(float((both.sum(dim=(1, 2)) / either.sum(dim=(1, 2))).mean()))
-    return SHAPES[fits.index(max(fits))]
+    return SHAPES[_OUTLINES[fits.index(max(fits))].shape]
 
 
 def _likeness(spectrum: Tensor, pitch: int) -> float:

@@ -25,7 +25,7 @@ OVERTONES = (1.0, 0.4, 0.2)
 _RADII = (0.21, 0.28)
 SPEEDS = (0.32, 0.42)  # shorter sides a second
 _WANDER = 0.06
-_RING_HOLE = 0.5
+RING_HOLE = 0.5
 _TRIANGLE_INSIDE = 0.62  # radius of the inscribed circle, of the shape's
 
 
@@ -87,31 +87,35 @@ def _phase(chance: Tensor, spread: float) -> Tensor:
     return 2 * math.pi * (chance if spread == 1 else (2 * chance).floor() / 2)
 
 
-def coverage(shape: int, x: Tensor, y: Tensor, radius: Tensor, pixel: float) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A shape by its number and, of a ring, the hole's share of the radius."""
+
+    shape: int
+    hole: float = RING_HOLE
+
+    @property
+    def area(self) -> float:
+        """What it covers where its radius is 1."""
+        areas = (math.pi, 3 * math.sqrt(3) * _TRIANGLE_INSIDE**2, math.pi * (1 - self.hole**2))
+        return areas[self.shape]
+
+
+def coverage(outline: Outline, x: Tensor, y: Tensor, radius: Tensor, pixel: float) -> Tensor:
     """Return how much of each pixel a shape covers, in [0, 1].
 
     x, y: columns and rows from the shape's centre; with radius they broadcast to the result.
     pixel: a pixel's side.
     """
-    if shape == SHAPES.index("triangle"):
+    if outline.shape == SHAPES.index("triangle"):
         slanted = math.sqrt(3) / 2 * x.abs() - 0.5 * y
         outside = torch.maximum(slanted, y) - _TRIANGLE_INSIDE * radius
     else:
         outside = (x.square() + y.square()).sqrt_() - radius
-        if shape == SHAPES.index("ring"):
-            band = (1 - _RING_HOLE) / 2 * radius
+        if outline.shape == SHAPES.index("ring"):
+            band = (1 - outline.hole) / 2 * radius
             outside = (outside + band).abs_() - band
     return outside.div_(-pixel).add_(0.5).clamp_(0, 1)
-
-
-def area(shape: int, radius: float) -> float:
-    """Return the area that a shape of a radius covers."""
-    areas = (
-        math.pi,
-        3 * math.sqrt(3) * _TRIANGLE_INSIDE**2,
-        math.pi * (1 - _RING_HOLE**2),
-    )
-    return areas[shape] * radius**2
 
 
 def pixel_middles(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +140,9 @@ def masks(scenes: Scenes, size: tuple[int, int], frames: int, fps: float) -> Ten
     for number in range(len(SHAPES)):
         own = scenes.shape == number
         places = (columns - x[own], rows - y[own])
-        covered[own] = coverage(number, *places, radius[own][..., None, None], 1 / min(size))
+        covered[own] = coverage(
+            Outline(number), *places, radius[own][..., None, None], 1 / min(size)
+        )
     return covered
 
 

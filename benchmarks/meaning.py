@@ -44,7 +44,11 @@ from ltxlite_quant.policy import recipe_named
 
 DESCRIPTION = "do clips of the world model show what their prompts say, per format and mutation"
 SIZE, FRAMES, FPS = 128, 17, "16"
-FORMATS = ("bf16", "fp8", "int8", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4", "nf4")
+# At load, and as files. K-quants need rows of 256 values, which one layer of eight has here.
+FORMATS = (
+    "bf16", "fp8", "mxfp8", "int8", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "nf4", "nvfp4",
+)  # fmt: skip
+FILES = ("IQ4_NL", "MXFP4")
 SHEET, SHEET_STEP = 8, 4  # clips, and every which of their frames
 MATHS = ("int8", "fp16", "fp8")
 AS_ONE = 0.5  # correlation of size and loudness
@@ -63,10 +67,14 @@ Mutation = Callable[[Transformer], None]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A row of the table: how weights are stored, what computes, what is broken."""
+    """A row of the table: how weights are stored, what computes, what is broken.
+
+    quantize: the format taken at load.  recipe: that of the file instead.
+    """
 
     name: str
     quantize: str | None = None
+    recipe: str = "BF16"
     dtype: str = "float32"
     math: str = "auto"
     mutation: Mutation | None = None
@@ -162,6 +170,7 @@ MUTATIONS: Mapping[str, Mutation] = MappingProxyType(
 def runs() -> list[Run]:
     """Return all rows of the table."""
     stored = [Run(name, None if name == "bf16" else name) for name in FORMATS]
+    stored += [Run(name, recipe=name) for name in FILES]
     computed = [Run("bf16 arithmetic", dtype="bfloat16")]
     computed += [Run(f"{math} math", math=math) for math in MATHS]
     return [*stored, *computed, *(Run(name, mutation=m) for name, m in MUTATIONS.items())]
@@ -300,31 +309,31 @@ def main(arguments: Sequence[str]) -> int:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(options.workers, get_context("spawn")) as pool,
     ):
-        model = _unquantized(Path(folder))
         sheets = [options.sheet, *[None] * len(names)]
-        rows = pool.map(_row, names, repeat(model), repeat(options.captions), sheets)
+        rows = pool.map(_row, names, repeat(Path(folder)), repeat(options.captions), sheets)
         for name, scores in zip(names, rows, strict=True):
             found[name] = scores
             console.print(name, json.dumps(scores), soft_wrap=True, markup=False)
     return _finish(options, found, console)
 
 
-def _row(name: str, model: Path, captions: int, sheet: Path | None) -> list[Scores]:
+def _row(name: str, folder: Path, captions: int, sheet: Path | None) -> list[Scores]:
     """Make one row of the table, in a process of its own."""
     torch.set_num_threads(1)
     run = next(run for run in runs() if run.name == name)
-    trial = Trial(model, captions)
+    trial = Trial(_stored(folder / name.replace("/", "-"), run.recipe), captions)
     scores = trial.scores(run)
     if sheet is not None:
         save_rows([clip[::SHEET_STEP] for clip in trial.clips[:SHEET]], sheet)
     return scores
 
 
-def _unquantized(folder: Path) -> Path:
-    """Write the shipped model as bf16, for others to quantize while they load it."""
-    target = folder / "ltxlite-world-2.3-distilled-BF16.gguf"
+def _stored(folder: Path, recipe: str) -> Path:
+    """Write the shipped model by a recipe: BF16, for others to quantize while they load it."""
+    target = folder / f"ltxlite-world-2.3-distilled-{recipe}.gguf"
+    folder.mkdir()
     sources = (world_files().model,)
-    convert(Conversion(sources, target, recipe_named("BF16"), device="cpu"), Report())
+    convert(Conversion(sources, target, recipe_named(recipe), device="cpu"), Report())
     return target
 
 

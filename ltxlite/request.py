@@ -134,7 +134,8 @@ class Output:
     that are blended, as the official pipelines do; None decodes exactly.  trim: frames that are
     left out at the beginning, and the sound with them: where stages put an image in anew, the
     first ones may flicker (features.md D10).  cut: pixels that are left out at the left, above, at
-    the right and below, such as the panel of a masked reference.
+    the right and below, such as the panel of a masked reference.  match, match_share: a picture
+    whose colours each frame takes on, and how much of the way, 0 to 1.
     """
 
     path: str
@@ -144,6 +145,8 @@ class Output:
     tiles: Tiles | None = None
     trim: int = 0
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)
+    match: str | None = None
+    match_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.crf <= 51:
@@ -152,6 +155,8 @@ class Output:
             raise RequestError(f"trim is {self.trim}, wanted a number of frames, 0 or more")
         if min(self.cut) < 0 or any(side % 2 for side in self.cut):
             raise RequestError(f"cut is {self.cut}, wanted even numbers of pixels, 0 or more")
+        if not 0 <= self.match_share <= 1:
+            raise RequestError(f"colours matched by {self.match_share}, wanted 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +227,10 @@ class Request:
                 )
 
     def _check_cut(self) -> None:
+        if self.output.match is not None and self.conditions.source is not None:
+            raise RequestError(
+                "match: frames of a source are kept as they are; leave --match-colors out"
+            )
         left, above, right, below = self.output.cut
         if any(self.output.cut) and (self.conditions.source is not None or self.output.crop):
             raise RequestError("cut: goes neither with a source nor with a size that is cropped")
@@ -291,6 +300,7 @@ def _check_sound_alone(request: Request) -> None:
         "a crop": output.crop,
         "--trim-head": output.trim,
         "--cut": any(output.cut),
+        "--match-colors": output.match,
         "tiles": output.tiles or request.encode_tiles,
         "--audio that stays as it is (add --audio-denoise)": sound and sound.denoise == 0,
         "the given sound as output": sound and sound.output == "original",

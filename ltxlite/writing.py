@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ltxlite.delivery import (
@@ -17,7 +18,9 @@ from ltxlite.delivery import (
     edit_of,
 )
 from ltxlite.media.audio import fit_length, write_wav
+from ltxlite.media.colour_match import match_covariance
 from ltxlite.media.frame_writer import FrameWriter, create_frames
+from ltxlite.media.image import load_image
 from ltxlite.media.output import VideoSettings
 from ltxlite.media.remux import replace_sound
 from ltxlite.media.sound_writer import check_sound_file, write_sound
@@ -45,7 +48,12 @@ class Written:
 
 
 def check_output(request: Request) -> None:
-    """Refuse, before any work, a place that cannot hold sound alone. Raises MediaError."""
+    """Refuse, before any work, a place that cannot hold sound alone, colours of no picture.
+
+    Raises MediaError.
+    """
+    if request.output.match is not None:
+        load_image(Path(request.output.match))
     if not request.picture:
         check_sound_file(Path(request.output.path))
 
@@ -73,6 +81,7 @@ def write_clip(request: Request, made: Made, grids: Grids, clock: Clock) -> Writ
         written = Written(len(edit.timing.starts), (edit.size[1], edit.size[0]))
     else:
         frames = without_first(delivered_frames(request, edit, made.frames, grids), request)
+        frames = recoloured(frames, request)
         count = _write(request, edit, frames, sound, clock)
         written = Written(count, delivered_size(request, edit))
     if request.output.wav is not None and sound is not None:
@@ -88,6 +97,21 @@ def without_first(frames: Iterator[Tensor], request: Request) -> Iterator[Tensor
         left = max(0, left - len(piece))
         if len(kept):
             yield without_borders(kept, request)
+
+
+def recoloured(frames: Iterator[Tensor], request: Request) -> Iterator[Tensor]:
+    """Yield pieces (f, 3, H, W), each frame with the colours of the picture that is asked for.
+
+    Frame by frame, so that a drift over the clip goes too. Source: features.md K (ColorMatch, mkl).
+    """
+    output = request.output
+    if output.match is None:
+        yield from frames
+        return
+    reference = load_image(Path(output.match)).movedim(-1, 0)[None].float() / 127.5 - 1
+    for piece in frames:
+        mapped = [match_covariance(frame[None].cpu(), reference)(frame) for frame in piece]
+        yield piece.lerp(torch.stack(mapped), output.match_share)
 
 
 def without_borders(frames: Tensor, request: Request) -> Tensor:

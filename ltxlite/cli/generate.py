@@ -154,6 +154,11 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="leave out so many pixels at the left, above, at the right, below (default 0,0,0,0)",
     )
     group.add_argument(
+        "--match-colors",
+        metavar="IMAGE[:SHARE]",
+        help="give each frame the colours of a picture, or a share of them, 0 to 1 (default 1)",
+    )
+    group.add_argument(
         "--tiled-decode",
         nargs="?",
         const="768,64",

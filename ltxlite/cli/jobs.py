@@ -103,7 +103,14 @@ def _output(options: argparse.Namespace, crop: tuple[int, int] | None) -> Output
     tiles = parse_tiles(options.tiled_decode, "--tiled-decode")
     path = options.output or DEFAULT_OUTPUT
     cut = _cut(options.cut)
-    return Output(path, options.crf, crop, options.wav, tiles, options.trim_head, cut)
+    match, share = _match(options.match_colors)
+    return Output(path, options.crf, crop, options.wav, tiles, options.trim_head, cut, match, share)
+
+
+def _match(text: str | None) -> tuple[str | None, float]:
+    """Read IMAGE[:SHARE]; a drive's colon is no share's."""
+    found = re.fullmatch(r"(.+?)(?::(\d*\.?\d+))?", text or "")
+    return (None, 1.0) if found is None else (found[1], float(found[2] or 1))
 
 
 def _cut(text: str | None) -> tuple[int, int, int, int]:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser)
     add_statistics(parser)
     add_tuning(parser)
+    _add_output(parser)
     _add_running(parser)
     parser.set_defaults(picture=True)
 
@@ -137,8 +138,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("running")
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", help=".mp4, or a folder for PNG frames (default out.mp4)")
     group.add_argument("--crf", type=int, default=19, help="H.264 quality, 0 best (default 19)")
     group.add_argument(
@@ -174,6 +175,10 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="the same for images and clips that are given",
     )
     group.add_argument("--wav", help="also write the sound to this WAV file")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
     group.add_argument("--job", help="run a saved job: a .json file, or a clip made by ltxlite")
     group.add_argument("--save-job", help="write the job as JSON here before running it")
     group.add_argument(

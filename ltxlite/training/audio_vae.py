@@ -1,6 +1,5 @@
 """Trains the audio VAE on spectrograms of the world's sounds."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from ltxlite.models.settings import Settings
 from ltxlite.training import recipe
+from ltxlite.training.initial import start
 from ltxlite.training.loop import Loop, Note, Pace
 from ltxlite.training.scene import Scenes, draw, spectrograms
 from ltxlite.training.world import every_fact
@@ -29,16 +29,6 @@ def build() -> tuple[AudioEncoder, AudioDecoder]:
             if isinstance(module, nn.Conv2d):
                 start(module, 0.3 if ".conv2." in name else 1.2, generator)
     return encoder, decoder
-
-
-def start(conv: nn.Module, gain: float, generator: torch.Generator) -> None:
-    """Initialise a convolution by the number of values that it sums up."""
-    assert isinstance(conv.weight, Tensor)
-    with torch.no_grad():
-        noise = torch.randn(conv.weight.shape, generator=generator)
-        conv.weight.copy_(noise * gain / math.sqrt(conv.weight[0].numel()))
-        if isinstance(conv.bias, Tensor):
-            conv.bias.zero_()
 
 
 def some_scenes(count: int, generator: torch.Generator) -> Scenes:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 
@@ -25,56 +26,43 @@ from ltxlite.training.sheet import write_sheet
 FILES = "files"  # of the folder, where the finished model lies
 
 
+class Training(Protocol):
+    """What trains something in a folder, from where it was left."""
+
+    def run(self, note: Note) -> object:
+        """Go on to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The part that learns nothing: clips become latents, once; it has no pace."""
+
+    folder: Path
+    pace: Pace
+
+    def run(self, note: Note) -> None:
+        """Encode what is not encoded yet."""
+        write_latents(self.folder, note)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A network, or a few, that are trained together: how long, and what does it."""
 
     pace: Pace
-    run: Callable[[Path, Pace, Note], None]
-
-
-def _video_vae(folder: Path, pace: Pace, note: Note) -> None:
-    video_vae.VideoVAETraining(folder, pace).run(note)
-
-
-def _video_decoder(folder: Path, pace: Pace, note: Note) -> None:
-    video_vae.VideoDecoderTraining(folder, pace).run(note)
-
-
-def _audio_vae(folder: Path, pace: Pace, note: Note) -> None:
-    audio_vae.AudioVAETraining(folder, pace).run(note)
-
-
-def _vocoder(folder: Path, pace: Pace, note: Note) -> None:
-    vocoder.VocoderTraining(folder, pace).run(note)
-
-
-def _upscaler(folder: Path, pace: Pace, note: Note) -> None:
-    upscaler.UpscalerTraining(folder, pace).run(note)
-
-
-def _temporal(folder: Path, pace: Pace, note: Note) -> None:
-    upscaler.TemporalUpscalerTraining(folder, pace).run(note)
-
-
-def _latents(folder: Path, pace: Pace, note: Note) -> None:
-    write_latents(folder, note)
-
-
-def _transformer(folder: Path, pace: Pace, note: Note) -> None:
-    transformer.TransformerTraining(folder, pace).run(note)
+    training: Callable[[Path, Pace], Training]
 
 
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
-        "video_vae": Part(video_vae.PACE, _video_vae),
-        "video_decoder": Part(video_vae.POLISH, _video_decoder),
-        "audio_vae": Part(audio_vae.PACE, _audio_vae),
-        "vocoder": Part(vocoder.PACE, _vocoder),
-        "upscaler": Part(upscaler.PACE, _upscaler),
-        "upscaler_time": Part(upscaler.PACE, _temporal),
-        "latents": Part(Pace(1, 0.0), _latents),
-        "transformer": Part(transformer.PACE, _transformer),
+        "video_vae": Part(video_vae.PACE, video_vae.VideoVAETraining),
+        "video_decoder": Part(video_vae.POLISH, video_vae.VideoDecoderTraining),
+        "audio_vae": Part(audio_vae.PACE, audio_vae.AudioVAETraining),
+        "vocoder": Part(vocoder.PACE, vocoder.VocoderTraining),
+        "upscaler": Part(upscaler.PACE, upscaler.UpscalerTraining),
+        "upscaler_time": Part(upscaler.PACE, upscaler.TemporalUpscalerTraining),
+        "latents": Part(Pace(1, 0.0), Encoding),
+        "transformer": Part(transformer.PACE, transformer.TransformerTraining),
     }
 )
 # Tracks of parts, one process each; a round begins when the one before has ended.
@@ -113,7 +101,8 @@ def train_parts(folder: Path, names: list[str], steps: int | None, note: Note) -
             raise RequestError(f"no part is called {name!r}; choose {', '.join(PARTS)}")
     for name in names:
         part = PARTS[name]
-        part.run(folder, part.pace if steps is None else replace(part.pace, steps=steps), note)
+        pace = part.pace if steps is None else replace(part.pace, steps=steps)
+        part.training(folder, pace).run(note)
 
 
 def _begun(folder: Path, parts: tuple[str, ...]) -> "subprocess.Popen[bytes]":

@@ -37,7 +37,6 @@ class Pace:
     warmup: int = 100
     decay: float = 0.4
     clip: float = 1.0
-    weight_decay: float = 0.0
     matrix_rate: float = 0.0
 
     def share_at(self, step: int) -> float:
@@ -187,9 +186,7 @@ def _optimizers(parameters: Mapping[str, nn.Parameter], pace: Pace) -> list[torc
     for name, value in parameters.items():
         mixes = value.ndim > 1 and not name.endswith(_ROWS)
         (matrices if mixes and pace.matrix_rate else rest).append(value)
-    adam = torch.optim.AdamW(
-        rest, lr=pace.rate, betas=(0.9, 0.98), weight_decay=pace.weight_decay, fused=True
-    )
+    adam = torch.optim.AdamW(rest, lr=pace.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     return [Muon(matrices, pace.matrix_rate), adam] if matrices else [adam]
 
 

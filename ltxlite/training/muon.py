@@ -1,7 +1,7 @@
 """Muon: steps whose matrices turn all directions equally far.
 
-Where AdamW needs 1400 steps to 18.5 dB on single frames, Muon needs 220 (docs/log.md). torch.optim
-has one since 2.9, for matrices alone; kernels of convolutions are taken as matrices here: one row
+Single frames pass 18 dB after 215 steps, with AdamW after 1230 (docs/log.md). torch.optim has one
+since 2.9, for matrices alone; kernels of convolutions are taken as matrices here: one row
 for each channel that comes out.
 Source: Jordan et al., Muon (2024): the quintic iteration and its three numbers.
 """

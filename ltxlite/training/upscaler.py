@@ -9,8 +9,9 @@ from ltxlite.media.atomic import written_beside
 from ltxlite.models.settings import Settings
 from ltxlite.models.upscaler import LatentUpscaler, UpscalerConfig
 from ltxlite.training import recipe, video_vae
-from ltxlite.training.audio_vae import some_scenes, start
+from ltxlite.training.audio_vae import some_scenes
 from ltxlite.training.differentiable import encode, upscale
+from ltxlite.training.initial import start
 from ltxlite.training.loop import Loop, Note, Pace, trained
 from ltxlite.training.scene import pictures
 

@@ -4,7 +4,6 @@ What made it learn at all, by tiny-model.md 4: squares before absolute differenc
 shape, own initialisation, noise on the latents.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ltxlite.models.video_vae import VideoDecoder, VideoEncoder
 from ltxlite.models.video_vae_config import VideoVAEConfig
 from ltxlite.training import recipe
 from ltxlite.training.differentiable import decode, encode
+from ltxlite.training.initial import start
 from ltxlite.training.loop import Loop, Note, Pace, trained
 from ltxlite.training.scene import draw, masks
 from ltxlite.training.world import BACKGROUNDS, COLOURS, every_fact
@@ -86,18 +86,8 @@ def build() -> tuple[VideoEncoder, VideoDecoder]:
     for network in (encoder, decoder):
         for name, module in network.named_modules():
             if isinstance(module, nn.Conv3d):
-                _start(module, 0.3 if ".conv2." in name else 1.0, generator)
+                start(module, 0.36 if ".conv2." in name else 1.2, generator)
     return encoder, decoder
-
-
-def _start(conv: nn.Conv3d, gain: float, generator: torch.Generator) -> None:
-    """Initialise a convolution; torch's default shrinks signals until nothing is learned."""
-    fan_in = conv.weight[0].numel()
-    with torch.no_grad():
-        noise = torch.randn(conv.weight.shape, generator=generator)
-        conv.weight.copy_(noise * gain * 1.2 / math.sqrt(fan_in))
-        if conv.bias is not None:
-            conv.bias.zero_()
 
 
 class Pool:

@@ -15,8 +15,9 @@ from ltxlite.models.settings import Settings
 from ltxlite.models.vocoder import ExtendedVocoder, VocoderConfig
 from ltxlite.training import recipe
 from ltxlite.training.audio_vae import build as build_vae
-from ltxlite.training.audio_vae import some_scenes, start
+from ltxlite.training.audio_vae import some_scenes
 from ltxlite.training.fixed import freeze_fixed
+from ltxlite.training.initial import start
 from ltxlite.training.loop import Loop, Note, Pace, trained
 from ltxlite.training.scene import sounds
 

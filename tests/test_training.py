@@ -12,7 +12,7 @@ from ltxlite.models.settings import Settings
 from ltxlite.models.upscaler import LatentUpscaler, UpscalerConfig
 from ltxlite.training import audio_vae, recipe, text, transformer, upscaler, video_vae, vocoder
 from ltxlite.training.differentiable import decode, encode, upscale
-from ltxlite.training.loop import Loop, Pace, trained
+from ltxlite.training.loop import CPU, Loop, Pace, trained
 from ltxlite.training.world import every_fact
 
 PACE = Pace(steps=4, rate=2e-3, warmup=2)
@@ -184,7 +184,7 @@ def test_a_finished_run_is_not_overwritten_without_being_asked(tmp_path: Path) -
 
     (tmp_path / "video_vae.state.safetensors").touch()
     with pytest.raises(RequestError, match="--resume"):
-        train_world(tmp_path, False, Report())
+        train_world(tmp_path, False, CPU, Report())
 
 
 def test_the_rate_rises_stays_and_falls() -> None:

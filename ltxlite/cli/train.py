@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train this part alone: video_vae, video_decoder, audio_vae, vocoder, latents, "
         "upscaler, upscaler_time, transformer; may be repeated",
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     parser.add_argument("--steps", type=int, help="steps of each --part (default: the recipe's)")
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes")
 
@@ -39,17 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, then print where the files are."""
     from ltxlite.cli.show import Terminal
+    from ltxlite.opening import choose_device
     from ltxlite.training.course import train_parts, train_world
 
-    folder = Path(options.out)
+    folder, device = Path(options.out), choose_device(options.device)
     with Terminal(options.quiet) as terminal:
         if options.what != "world":
             print(_word(options, folder, terminal.note))  # noqa: T201
             return 0
         if options.part:
-            train_parts(folder, options.part, options.steps, terminal.note)
+            train_parts(folder, options.part, options.steps, device, terminal.note)
             return 0
-        files = train_world(folder, options.resume, terminal)
+        files = train_world(folder, options.resume, device, terminal)
     for path in files:
         print(path)  # noqa: T201
     return 0
@@ -57,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _word(options: argparse.Namespace, folder: Path, note: Callable[[str], None]) -> Path:
     """Train a LoRA that gives a word its colour; returns its path."""
+    from ltxlite.opening import choose_device
     from ltxlite.training.new_word import WordTraining
 
     parts = (options.colour or "").split(",")
@@ -68,4 +71,5 @@ def _word(options: argparse.Namespace, folder: Path, note: Callable[[str], None]
             "0.95,0.5,0.05"
         ) from None
     world = None if options.world is None else Path(options.world)
-    return WordTraining(folder, options.what, (red, green, blue), world).run(note)
+    device = choose_device(options.device)
+    return WordTraining(folder, options.what, (red, green, blue), world, device=device).run(note)

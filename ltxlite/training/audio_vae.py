@@ -9,7 +9,7 @@ from ltxlite.models.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from ltxlite.models.settings import Settings
 from ltxlite.training import recipe
 from ltxlite.training.initial import start
-from ltxlite.training.loop import Loop, Note, Pace
+from ltxlite.training.loop import CPU, Loop, Note, Pace, narrow_products
 from ltxlite.training.scene import Scenes, draw, spectrograms
 from ltxlite.training.world import every_fact
 
@@ -41,10 +41,10 @@ def some_scenes(count: int, generator: torch.Generator) -> Scenes:
 class AudioVAETraining:
     """The loop's parts: networks and one step."""
 
-    def __init__(self, folder: Path, pace: Pace = PACE) -> None:
+    def __init__(self, folder: Path, pace: Pace = PACE, device: torch.device = CPU) -> None:
         self.encoder, self.decoder = build()
         networks = {"encoder": self.encoder, "decoder": self.decoder}
-        self.loop = Loop("audio_vae", folder, networks, pace)
+        self.loop = Loop("audio_vae", folder, networks, pace, device)
 
     def run(self, note: Note) -> None:
         """Train to the end."""
@@ -53,12 +53,12 @@ class AudioVAETraining:
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Compute the losses of a step's batch: squares, later absolute differences too."""
-        generator = self.loop.generator
+        generator, device = self.loop.generator, self.loop.device
         latents = _LENGTHS[step % len(_LENGTHS)]
-        sounds = spectrograms(some_scenes(_BATCH, generator), 4 * latents - 3)
-        with torch.autocast("cpu", torch.bfloat16):
+        sounds = spectrograms(some_scenes(_BATCH, generator).to(device), 4 * latents - 3)
+        with narrow_products(device):
             latent = self.encoder(sounds).float()
-            noise = torch.randn(latent.shape, generator=generator)
+            noise = torch.randn(latent.shape, generator=generator).to(device)
             made = self.decoder(latent + _NOISE * noise).float()
         found = {"square": 0.3 * (made - sounds).square().mean()}
         if self.loop.pace.progress(step) > 0.4:

@@ -39,10 +39,11 @@ class Encoding:
 
     folder: Path
     pace: Pace
+    device: torch.device
 
     def run(self, note: Note) -> None:
         """Encode what is not encoded yet."""
-        write_latents(self.folder, note)
+        write_latents(self.folder, self.device, note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Part:
     """A network, or a few, that are trained together: how long, and what does it."""
 
     pace: Pace
-    training: Callable[[Path, Pace], Training]
+    training: Callable[[Path, Pace, torch.device], Training]
 
 
 PARTS: Mapping[str, Part] = MappingProxyType(
@@ -72,7 +73,7 @@ ROUNDS = (
 )
 
 
-def train_world(folder: Path, resume: bool, report: Report) -> list[Path]:
+def train_world(folder: Path, resume: bool, device: torch.device, report: Report) -> list[Path]:
     """Train everything in a folder and write the model; returns its files and the sample sheet.
 
     Raises RequestError for a folder with an earlier run, unless it is to be gone on with.
@@ -81,7 +82,7 @@ def train_world(folder: Path, resume: bool, report: Report) -> list[Path]:
         raise RequestError(f"{folder}: holds an earlier run; --resume goes on with it")
     folder.mkdir(parents=True, exist_ok=True)
     for tracks in ROUNDS:
-        processes = [_begun(folder, parts) for parts in tracks]
+        processes = [_begun(folder, parts, device) for parts in tracks]
         report.note(f"training {' beside '.join(' then '.join(parts) for parts in tracks)}")
         failed = [process.args for process in processes if process.wait()]
         if failed:
@@ -90,7 +91,9 @@ def train_world(folder: Path, resume: bool, report: Report) -> list[Path]:
     return [*files, write_sheet(folder, folder / "sheet.png")]
 
 
-def train_parts(folder: Path, names: list[str], steps: int | None, note: Note) -> None:
+def train_parts(
+    folder: Path, names: list[str], steps: int | None, device: torch.device, note: Note
+) -> None:
     """Train some parts, one after the other, in this process and on one thread.
 
     Raises RequestError for a part that is not there.
@@ -102,10 +105,10 @@ def train_parts(folder: Path, names: list[str], steps: int | None, note: Note) -
     for name in names:
         part = PARTS[name]
         pace = part.pace if steps is None else replace(part.pace, steps=steps)
-        part.training(folder, pace).run(note)
+        part.training(folder, pace, device).run(note)
 
 
-def _begun(folder: Path, parts: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+def _begun(folder: Path, parts: tuple[str, ...], device: torch.device) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "ltxlite", "train", "world", "--resume", "--out", str(folder)]
-    command += [f"--part={part}" for part in parts]
+    command += [f"--device={device}", *(f"--part={part}" for part in parts)]
     return subprocess.Popen(command)

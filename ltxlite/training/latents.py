@@ -12,8 +12,8 @@ from ltxlite.models.audio_vae import AudioEncoder
 from ltxlite.models.video_vae import VideoEncoder
 from ltxlite.training import audio_vae, recipe, video_vae
 from ltxlite.training.differentiable import encode
-from ltxlite.training.loop import Note, trained
-from ltxlite.training.scene import Scenes, draw, pictures, spectrograms
+from ltxlite.training.loop import Note, narrow_products, trained
+from ltxlite.training.scene import draw, pictures, spectrograms
 from ltxlite.training.world import Facts, every_fact, is_held_out
 
 
@@ -78,7 +78,7 @@ class Latents:
     audio: Tensor
 
 
-def write_latents(folder: Path, note: Note) -> Path:
+def write_latents(folder: Path, device: torch.device, note: Note) -> Path:
     """Encode clips with the encoders in a folder, kind by kind; goes on after a kill."""
     from safetensors.torch import load_file, save_file
 
@@ -88,6 +88,7 @@ def write_latents(folder: Path, note: Note) -> Path:
     audio, _ = audio_vae.build()
     trained(folder / "video_vae.state.safetensors", "encoder", video)
     trained(folder / "audio_vae.state.safetensors", "encoder", audio)
+    encoders = Encoders(video.to(device), audio.to(device), device)
     known = [index for index, facts in enumerate(every_fact()) if not is_held_out(facts)]
     for number, kind in enumerate(KINDS):
         if f"{kind.name}.video" in tensors:
@@ -96,7 +97,7 @@ def write_latents(folder: Path, note: Note) -> Path:
         picks = torch.randint(len(known), (kind.count,), generator=generator)
         index = torch.tensor(known)[picks]
         parts = [
-            _encoded(kind, [every_fact()[i] for i in part.tolist()], (video, audio), generator)
+            encoders.encoded(kind, [every_fact()[i] for i in part.tolist()], generator)
             for part in index.split(_PART)
         ]
         tensors[f"{kind.name}.facts"] = index
@@ -108,18 +109,25 @@ def write_latents(folder: Path, note: Note) -> Path:
     return path
 
 
-@torch.no_grad()
-def _encoded(
-    kind: Kind,
-    facts: list[Facts],
-    encoders: tuple[VideoEncoder, AudioEncoder],
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    scenes: Scenes = draw(facts, generator, kind.spread)
-    pixels = pictures(scenes, (kind.height, kind.width), kind.frames, kind.fps)
-    sounds = spectrograms(scenes, 4 * kind.sound - 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        return encode(encoders[0], pixels).float(), encoders[1](sounds).float()
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """What turns scenes into latents, and where."""
+
+    video: VideoEncoder
+    audio: AudioEncoder
+    device: torch.device
+
+    @torch.no_grad()
+    def encoded(
+        self, kind: Kind, facts: list[Facts], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Render scenes of a kind and encode them; the latents come back to the CPU."""
+        scenes = draw(facts, generator, kind.spread).to(self.device)
+        pixels = pictures(scenes, (kind.height, kind.width), kind.frames, kind.fps)
+        sounds = spectrograms(scenes, 4 * kind.sound - 3)
+        with narrow_products(self.device):
+            pair = encode(self.video, pixels), self.audio(sounds)
+        return pair[0].float().cpu(), pair[1].float().cpu()
 
 
 def read_latents(folder: Path) -> dict[str, Latents]:

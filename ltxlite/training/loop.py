@@ -56,19 +56,33 @@ class Pace:
         return step / self.steps
 
 
-class Loop:
-    """Optimizes some networks and keeps their state in a folder.
+CPU = torch.device("cpu")
 
-    networks: by name, as they stand in the state.  In `FOLDER/NAME.state.safetensors` lie weights,
+
+def narrow_products(device: torch.device) -> torch.autocast:
+    """Return a context in which convolutions and products are computed from 16 bits."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+class Loop:
+    """Optimizes some networks on a device and keeps their state in a folder.
+
+    networks: by name, as they stand in the state.  Chance comes from a generator on the CPU, so
+    that a run sees the same clips everywhere.  In `FOLDER/NAME.state.safetensors` lie weights,
     Adam's moments, the step and the generator, written beside and then renamed, so that a killed
     run goes on at its last minute; `FOLDER/NAME.jsonl` keeps the curve.
     """
 
     def __init__(
-        self, name: str, folder: Path, networks: Mapping[str, nn.Module], pace: Pace
+        self,
+        name: str,
+        folder: Path,
+        networks: Mapping[str, nn.Module],
+        pace: Pace,
+        device: torch.device = CPU,
     ) -> None:
-        self.name, self.folder, self.pace = name, folder, pace
-        self.networks = nn.ModuleDict(networks)
+        self.name, self.folder, self.pace, self.device = name, folder, pace, device
+        self.networks = nn.ModuleDict(networks).to(device)
         self.parameters = {
             key: value for key, value in self.networks.named_parameters() if value.requires_grad
         }
@@ -138,10 +152,10 @@ class Loop:
         for key, moments in self._moments():
             if f"m.{key}" not in state:
                 continue
-            moments["exp_avg"] = state[f"m.{key}"]
+            moments["exp_avg"] = state[f"m.{key}"].to(self.device)
             if f"v.{key}" in state:
-                moments["exp_avg_sq"] = state[f"v.{key}"]
-                moments["step"] = torch.tensor(float(self.step))
+                moments["exp_avg_sq"] = state[f"v.{key}"].to(self.device)
+                moments["step"] = torch.tensor(float(self.step), device=self.device)
         note(f"{self.name}: going on at step {self.step} of {self.pace.steps}")
 
     def _state(self) -> dict[str, Tensor]:
@@ -152,7 +166,9 @@ class Loop:
                     state[f"{letter}.{key}"] = moments[name]
         state["step"] = torch.tensor(self.step)
         state["generator"] = self.generator.get_state()
-        return {key: value.detach().contiguous().clone() for key, value in state.items()}
+        return {
+            key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()
+        }
 
     def _moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield what the optimizers keep of each parameter, by its name."""

@@ -24,7 +24,7 @@ from ltxlite.request import Files
 from ltxlite.training import recipe
 from ltxlite.training.export import save
 from ltxlite.training.latents import NARROW, Kind, Latents, Scale
-from ltxlite.training.loop import Loop, Note, Pace
+from ltxlite.training.loop import CPU, Loop, Note, Pace
 from ltxlite.training.scene import draw, pictures, spectrograms
 from ltxlite.training.text import CaptionRows, TextPath
 from ltxlite.training.transformer import Lesson, Table, build, lesson_losses
@@ -60,15 +60,24 @@ class WordTraining:
     """
 
     def __init__(
-        self, folder: Path, word: str, colour: Rgb, world: Path | None = None, pace: Pace = PACE
+        self,
+        folder: Path,
+        word: str,
+        colour: Rgb,
+        world: Path | None = None,
+        pace: Pace = PACE,
+        device: torch.device = CPU,
     ) -> None:
         if word not in SPARE:
             raise RequestError(f"{word!r} is no spare word; choose {' or '.join(SPARE)}")
-        networks = open_networks(Files(str(world_files(world).model.parent)), "cpu", "float32")
+        files = Files(str(world_files(world).model.parent))
+        networks = open_networks(files, str(device), "float32")
         self.transformer, path = _plain(networks)
         self.sums = dict(_added(self.transformer))
+        for network in (self.transformer, *path.networks().values()):
+            network.to(device)
         keyed = {name.replace(".", "/"): module for name, module in self.sums.items()}
-        self.loop = Loop(f"word-{word}", folder, keyed, pace)
+        self.loop = Loop(f"word-{word}", folder, keyed, pace, device)
         self.lesson = Lesson(path, CaptionRows(path), self.loop.generator)
         self.known = _clips(networks, self.transformer, None)
         self.new = _clips(networks, self.transformer, (word, colour))
@@ -92,8 +101,8 @@ class WordTraining:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, module in self.sums.items():
             stem = release_name("transformer", name).removeprefix("model.")
-            yield f"{stem}.lora_A.weight", module.a.detach().contiguous()
-            yield f"{stem}.lora_B.weight", module.b.detach().contiguous()
+            yield f"{stem}.lora_A.weight", module.a.detach().cpu().contiguous()
+            yield f"{stem}.lora_B.weight", module.b.detach().cpu().contiguous()
 
 
 def _plain(networks: Networks) -> tuple[Transformer, TextPath]:
@@ -147,9 +156,10 @@ def _clips(
         scenes = draw(facts[begin : begin + _PART], generator, NARROW)
         if new is not None:
             scenes = replace(scenes, colour=torch.tensor(new[1]).expand(len(scenes), 3))
+        scenes = scenes.to(networks.device)
         pixels = pictures(scenes, (_KIND.height, _KIND.width), _KIND.frames, _KIND.fps)
         sounds = spectrograms(scenes, 4 * _KIND.sound - 3)
-        parts.append((encoders[0](pixels), encoders[1](sounds)))
+        parts.append((encoders[0](pixels).cpu(), encoders[1](sounds).cpu()))
     video, audio = (torch.cat([part[n] for part in parts]) for n in (0, 1))
     latents = Latents(_KIND, torch.tensor(picks), video, audio)
     said = [replace(item, colour=new[0]) if new else item for item in facts]

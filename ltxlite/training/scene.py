@@ -6,7 +6,7 @@ every size and frame rate. Where it pulses, the shape swells with the sound.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.shape)
+
+    def to(self, device: torch.device) -> "Scenes":
+        """Return the scenes where they are to be rendered."""
+        return Scenes(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def envelope(self, times: Tensor) -> Tensor:
         """Return how strong the pulses are at times (T,) seconds: (B, T) in [0, 1]."""
@@ -118,25 +122,28 @@ def coverage(outline: Outline, x: Tensor, y: Tensor, radius: Tensor, pixel: floa
     return outside.div_(-pixel).add_(0.5).clamp_(0, 1)
 
 
-def pixel_middles(height: int, width: int) -> tuple[Tensor, Tensor]:
+def pixel_middles(
+    height: int, width: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Return columns (W,) and rows (H, 1) of pixels' middles, from the middle of the picture."""
     side = min(height, width)
-    columns = (torch.arange(width) + 0.5 - width / 2) / side
-    rows = (torch.arange(height) + 0.5 - height / 2) / side
+    columns = (torch.arange(width, device=device) + 0.5 - width / 2) / side
+    rows = (torch.arange(height, device=device) + 0.5 - height / 2) / side
     return columns, rows[:, None]
 
 
 def masks(scenes: Scenes, size: tuple[int, int], frames: int, fps: float) -> Tensor:
     """Return how much of each pixel the shapes cover: (B, F, H, W); size is (height, width)."""
-    times = torch.arange(frames) / fps
+    device = scenes.centre.device
+    times = torch.arange(frames, device=device) / fps
     middle = (frames - 1) / 2 / fps
     centres = scenes.centre[:, None] + scenes.velocity[:, None] * (times - middle)[:, None]
     swell = SMALLEST + (1 - SMALLEST) * scenes.envelope(times)
     steady = torch.full_like(swell, STEADY)
     radius = scenes.radius[:, None] * torch.where(scenes.pulsing[:, None] > 0, swell, steady)
-    columns, rows = pixel_middles(*size)
+    columns, rows = pixel_middles(*size, device)
     x, y = (centres[..., axis, None, None] for axis in (0, 1))
-    covered = torch.empty(len(scenes), frames, *size)
+    covered = torch.empty(len(scenes), frames, *size, device=device)
     for number in range(len(SHAPES)):
         own = scenes.shape == number
         places = (columns - x[own], rows - y[own])
@@ -159,8 +166,8 @@ def pictures(scenes: Scenes, size: tuple[int, int], frames: int, fps: float) -> 
 
 def sounds(scenes: Scenes, samples: int, rate: int = mel.SAMPLE_RATE) -> Tensor:
     """Render waveforms: (B, 2, N) in [-1, 1]."""
-    count = torch.arange(samples)
-    wave = torch.zeros(len(scenes), samples)
+    count = torch.arange(samples, device=scenes.pitch.device)
+    wave = torch.zeros(len(scenes), samples, device=count.device)
     for number, loud in enumerate(OVERTONES, start=1):
         # Whole numbers, so that every period is the same to the last bit: in fp32 the phase of
         # 2400 Hz is off by 1e-3 after a second, which is loud beside a logarithm's floor.

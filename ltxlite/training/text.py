@@ -127,8 +127,8 @@ def sampled_contexts(
     count = rows[0].shape[1]
     hidden = CONTEXT_LENGTH - count
     picks = count + torch.randperm(hidden, generator=generator)[:_SAMPLED]
-    places = torch.cat([torch.arange(count), picks])
-    bias = torch.zeros(1, 1, 1, count + _SAMPLED)
+    places = torch.cat([torch.arange(count), picks]).to(rows[0].device)
+    bias = torch.zeros(1, 1, 1, count + _SAMPLED, device=places.device)
     bias[..., count:] = math.log(hidden / _SAMPLED)
     video = _context(path.video, path.projection.video(rows[0]), places, bias)
     audio = _context(path.audio, path.projection.audio(rows[1]), places, bias)

@@ -12,7 +12,7 @@ from ltxlite.training import recipe, video_vae
 from ltxlite.training.audio_vae import some_scenes
 from ltxlite.training.differentiable import encode, upscale
 from ltxlite.training.initial import start
-from ltxlite.training.loop import Loop, Note, Pace, trained
+from ltxlite.training.loop import CPU, Loop, Note, Pace, narrow_products, trained
 from ltxlite.training.scene import pictures
 
 PACE = Pace(steps=6000, rate=2e-3, decay=0.5)
@@ -36,7 +36,7 @@ def build(temporal: bool) -> LatentUpscaler:
 
 
 @torch.no_grad()
-def write_pairs(folder: Path, temporal: bool, note: Note) -> Path:
+def write_pairs(folder: Path, temporal: bool, device: torch.device, note: Note) -> Path:
     """Encode scenes twice: small and large, or at half and at full rate."""
     from safetensors.torch import save_file
 
@@ -45,16 +45,17 @@ def write_pairs(folder: Path, temporal: bool, note: Note) -> Path:
         return path
     encoder, _ = video_vae.build()
     trained(folder / "video_vae.state.safetensors", "encoder", encoder)
+    encoder.to(device)
     generator = torch.Generator().manual_seed(recipe.SEED)
     before, after = [], []
     for _ in range(0, _PAIRS, _PART):
-        scenes = some_scenes(_PART, generator)
+        scenes = some_scenes(_PART, generator).to(device)
         if temporal:
             kinds = ((_SIZE, 17, _FPS / 2), (_SIZE, 33, _FPS))
         else:
             kinds = ((_SIZE, _FRAMES, _FPS), ((128, 128), _FRAMES, _FPS))
-        with torch.autocast("cpu", torch.bfloat16):
-            pair = [encode(encoder, pictures(scenes, *kind)).float() for kind in kinds]
+        with narrow_products(device):
+            pair = [encode(encoder, pictures(scenes, *kind)).float().cpu() for kind in kinds]
         before.append(pair[0])
         after.append(pair[1])
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,14 +74,14 @@ class UpscalerTraining:
 
     temporal = False
 
-    def __init__(self, folder: Path, pace: Pace = PACE) -> None:
+    def __init__(self, folder: Path, pace: Pace = PACE, device: torch.device = CPU) -> None:
         from safetensors.torch import load_file
 
         self.upscaler = build(self.temporal)
         name = "upscaler_time" if self.temporal else "upscaler"
-        self.loop = Loop(name, folder, {"upscaler": self.upscaler}, pace)
-        pairs = load_file(write_pairs(folder, self.temporal, print))
-        self.before, self.after = pairs["before"], pairs["after"]
+        self.loop = Loop(name, folder, {"upscaler": self.upscaler}, pace, device)
+        pairs = load_file(write_pairs(folder, self.temporal, device, print))
+        self.before, self.after = (pairs[part].to(device) for part in ("before", "after"))
         self.deviation = self.after.std(dim=(0, 2, 3, 4)).view(-1, 1, 1, 1)
 
     def run(self, note: Note) -> None:
@@ -90,12 +91,12 @@ class UpscalerTraining:
 
     def losses(self, step: int) -> dict[str, Tensor]:
         """Compute the loss of a step's batch, in units of the latents' deviation."""
-        generator = self.loop.generator
-        picks = torch.randint(len(self.before), (_BATCH,), generator=generator)
+        generator, device = self.loop.generator, self.loop.device
+        picks = torch.randint(len(self.before), (_BATCH,), generator=generator).to(device)
         given = self.before[picks]
-        noise = torch.randn(given.shape, generator=generator)
-        strength = _NOISE * torch.rand(_BATCH, 1, 1, 1, 1, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        noise = torch.randn(given.shape, generator=generator).to(device)
+        strength = _NOISE * torch.rand(_BATCH, 1, 1, 1, 1, generator=generator).to(device)
+        with narrow_products(device):
             made = upscale(self.upscaler, given + strength * self.deviation * noise).float()
         return {"square": ((made - self.after[picks]) / self.deviation).square().mean()}
 

@@ -17,7 +17,7 @@ from ltxlite.models.video_vae_config import VideoVAEConfig
 from ltxlite.training import recipe
 from ltxlite.training.differentiable import decode, encode
 from ltxlite.training.initial import start
-from ltxlite.training.loop import Loop, Note, Pace, trained
+from ltxlite.training.loop import CPU, Loop, Note, Pace, narrow_products, trained
 from ltxlite.training.scene import draw, masks
 from ltxlite.training.world import BACKGROUNDS, COLOURS, every_fact
 
@@ -26,6 +26,7 @@ POLISH = Pace(steps=1800, rate=5e-4, warmup=50, decay=0.9, clip=0.5, matrix_rate
 _LONGEST = 25
 _RATES = (12.0, 16.0, 16.0, 16.0, 20.0, 24.0)
 _NOISE = 0.1  # of latents whose deviation is about 1: errors of 4-bit networks do not show
+_SCENES = 640  # of the smallest size that are painted anew again and again
 _FREE_COLOURS = 0.3  # of the clips: any colour at all, so that new words can name new colours
 
 
@@ -93,12 +94,14 @@ def build() -> tuple[VideoEncoder, VideoDecoder]:
 class Pool:
     """Coverage of many rendered scenes (N, F, H, W) uint8: painted anew whenever they are used."""
 
-    def __init__(self, size: tuple[int, int], count: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, size: tuple[int, int], count: int, generator: torch.Generator, device: torch.device
+    ) -> None:
         facts = every_fact()
         parts = []
         for _ in range(0, count, 16):
             picks = torch.randint(len(facts), (16,), generator=generator)
-            scenes = draw([facts[pick] for pick in picks.tolist()], generator)
+            scenes = draw([facts[pick] for pick in picks.tolist()], generator).to(device)
             rate = _RATES[int(torch.randint(len(_RATES), (1,), generator=generator))]
             parts.append((masks(scenes, size, _LONGEST, rate) * 255).round().to(torch.uint8))
         self.masks = torch.cat(parts)
@@ -116,10 +119,11 @@ class Pools:
     """Pools of all sizes, each rendered when it is first needed.
 
     scenes: how many of the smallest size; larger ones have as many pixels together.
+    device: where they are kept.
     """
 
-    def __init__(self, scenes: int) -> None:
-        self.scenes = scenes
+    def __init__(self, scenes: int, device: torch.device) -> None:
+        self.scenes, self.device = scenes, device
         self._made: dict[tuple[int, int], Pool] = {}
 
     def of(self, size: tuple[int, int]) -> Pool:
@@ -127,7 +131,7 @@ class Pools:
         if size not in self._made:
             generator = torch.Generator().manual_seed(recipe.SEED + size[0] * size[1])
             count = self.scenes * _SMALL[0] * _SMALL[1] // (size[0] * size[1])
-            self._made[size] = Pool(size, max(16, count), generator)
+            self._made[size] = Pool(size, max(16, count), generator, self.device)
         return self._made[size]
 
 
@@ -136,7 +140,7 @@ def painted(covered: Tensor, generator: torch.Generator) -> Tensor:
     count = len(covered)
     colours = _some(tuple(COLOURS.values()), count, generator)
     grounds = _some(tuple(BACKGROUNDS.values()), count, generator)
-    colour, ground = (x[:, :, None, None, None] for x in (colours, grounds))
+    colour, ground = (x.to(covered.device)[:, :, None, None, None] for x in (colours, grounds))
     return (ground + (colour - ground) * covered[:, None]) * 2 - 1
 
 
@@ -177,11 +181,13 @@ def _edges(x: Tensor, axis: int) -> Tensor:
 class VideoVAETraining:
     """The loop's parts: networks, pools of scenes, one step."""
 
-    def __init__(self, folder: Path, pace: Pace = PACE, scenes: int = 640) -> None:
+    def __init__(
+        self, folder: Path, pace: Pace = PACE, device: torch.device = CPU, scenes: int = _SCENES
+    ) -> None:
         self.encoder, self.decoder = build()
         networks = {"encoder": self.encoder, "decoder": self.decoder}
-        self.loop = Loop("video_vae", folder, networks, pace)
-        self.pools = Pools(scenes)
+        self.loop = Loop("video_vae", folder, networks, pace, device)
+        self.pools = Pools(scenes, device)
 
     def run(self, note: Note) -> None:
         """Train to the end."""
@@ -197,9 +203,9 @@ class VideoVAETraining:
         pixels = painted(covered, generator)
         if progress >= FROZEN:
             self.encoder.requires_grad_(False)
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow_products(self.loop.device):
             latent = encode(self.encoder, pixels).float()
-            noise = torch.randn(latent.shape, generator=generator)
+            noise = torch.randn(latent.shape, generator=generator).to(self.loop.device)
             made = decode(self.decoder, latent + _NOISE * noise).float()
         sharp = min(1.0, max(0.0, (progress - 0.16) / 0.24))
         found = losses(made, pixels, covered, sharp)
@@ -213,14 +219,17 @@ class VideoDecoderTraining:
     Reads the state of `VideoVAETraining` in the same folder.
     """
 
-    def __init__(self, folder: Path, pace: Pace = POLISH, scenes: int = 640) -> None:
+    def __init__(
+        self, folder: Path, pace: Pace = POLISH, device: torch.device = CPU, scenes: int = _SCENES
+    ) -> None:
         self.encoder, self.decoder = build()
         state = folder / "video_vae.state.safetensors"
         trained(state, "encoder", self.encoder)
         trained(state, "decoder", self.decoder)
         self.decoder.requires_grad_(True)
-        self.loop = Loop("video_decoder", folder, {"decoder": self.decoder}, pace)
-        self.pools = Pools(scenes)
+        self.loop = Loop("video_decoder", folder, {"decoder": self.decoder}, pace, device)
+        self.encoder.to(device)
+        self.pools = Pools(scenes, device)
 
     def run(self, note: Note) -> None:
         """Train to the end."""
@@ -232,9 +241,9 @@ class VideoDecoderTraining:
         generator, batch = self.loop.generator, _POLISHING[step % len(_POLISHING)]
         covered = self.pools.of(batch.size).sample(batch.clips, batch.frames, generator)
         pixels = painted(covered, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with narrow_products(self.loop.device):
             with torch.no_grad():
                 latent = encode(self.encoder, pixels).float()
-            noise = torch.randn(latent.shape, generator=generator)
+            noise = torch.randn(latent.shape, generator=generator).to(self.loop.device)
             made = decode(self.decoder, latent + _NOISE * noise).float()
         return losses(made, pixels, covered, 2.0)

@@ -18,7 +18,7 @@ from ltxlite.training.audio_vae import build as build_vae
 from ltxlite.training.audio_vae import some_scenes
 from ltxlite.training.fixed import freeze_fixed
 from ltxlite.training.initial import start
-from ltxlite.training.loop import Loop, Note, Pace, trained
+from ltxlite.training.loop import CPU, Loop, Note, Pace, trained
 from ltxlite.training.scene import sounds
 
 PACE = Pace(steps=2000, rate=2e-3, decay=0.4, matrix_rate=0.004)
@@ -62,11 +62,11 @@ def _start_generator(part: Generator, generator: torch.Generator) -> None:
 class VocoderTraining:
     """The loop's parts: networks and one step."""
 
-    def __init__(self, folder: Path, pace: Pace = PACE) -> None:
+    def __init__(self, folder: Path, pace: Pace = PACE, device: torch.device = CPU) -> None:
         self.vocoder = build()
         self.vocoder.extension.requires_grad_(False)
-        self.loop = Loop("vocoder", folder, {"vocoder": self.vocoder}, pace)
-        self.encoder, self.decoder = build_vae()
+        self.loop = Loop("vocoder", folder, {"vocoder": self.vocoder}, pace, device)
+        self.encoder, self.decoder = (half.to(device) for half in build_vae())
         self.folder = folder
         self._has_vae = False
 
@@ -96,10 +96,10 @@ class VocoderTraining:
 
     def _waves(self) -> Tensor:
         """Draw sounds of 61 mel frames, some of them one-sided: (B, 2, 9600)."""
-        generator = self.loop.generator
-        wave = sounds(some_scenes(_BATCH, generator), 60 * mel.HOP)
+        generator, device = self.loop.generator, self.loop.device
+        wave = sounds(some_scenes(_BATCH, generator).to(device), 60 * mel.HOP)
         louder = 0.5 + torch.rand(_BATCH, 1, 1, generator=generator)
-        return wave * louder
+        return wave * louder.to(device)
 
     def _vae_is_there(self) -> bool:
         path = self.folder / "audio_vae.state.safetensors"
@@ -125,6 +125,6 @@ def spectral_difference(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _magnitudes(wave: Tensor, window: int) -> Tensor:
-    taps = torch.hann_window(window)
+    taps = torch.hann_window(window, device=wave.device)
     spectrum = torch.stft(wave, window, window // 4, window=taps, return_complex=True)
     return (spectrum.real.square() + spectrum.imag.square() + 1e-8).sqrt()

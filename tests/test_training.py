@@ -76,6 +76,21 @@ def test_the_decoder_goes_on_alone_from_where_both_halves_ended(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("_gradients")
+def test_the_encoder_alone_and_then_the_rest_are_one_run(tmp_path: Path) -> None:
+    whole = video_vae.VideoVAETraining(tmp_path / "whole", PACE, scenes=16)
+    whole.run(quiet)
+    first = video_vae.VideoEncoderTraining(tmp_path / "parts", PACE, scenes=16)
+    first.run(quiet)
+    assert first.loop.step == 3  # of four: 60 % and no less
+    rest = video_vae.VideoVAETraining(tmp_path / "parts", PACE, scenes=16)
+    rest.run(quiet)
+    for name, value in whole.loop._state().items():
+        assert torch.equal(rest.loop._state()[name], value), name
+    for name, value in first.encoder.state_dict().items():
+        assert torch.equal(rest.encoder.state_dict()[name], value), name
+
+
+@pytest.mark.usefixtures("_gradients")
 def test_audio_losses_fall_and_every_weight_learns(tmp_path: Path) -> None:
     training = audio_vae.AudioVAETraining(tmp_path, Pace(steps=40, rate=2e-3, warmup=2))
     losses = learn(training.loop, training.losses, 12)

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part",
         action="append",
         default=[],
-        help="train this part alone: video_vae, video_decoder, audio_vae, vocoder, latents, "
-        "upscaler, upscaler_time, transformer; may be repeated",
+        help="train this part alone: video_encoder, audio_vae, vocoder, latents, transformer, "
+        "video_vae, video_decoder, upscaler, upscaler_time; may be repeated",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default auto)")
     parser.add_argument("--steps", type=int, help="steps of each --part (default: the recipe's)")

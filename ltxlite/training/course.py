@@ -1,8 +1,8 @@
 """The whole course from nothing to files: what is trained, in which order, what runs side by side.
 
 Two processes of one thread each, which two cores run twice as fast as one process of two threads:
-picture beside sound, then transformer beside upscalers. A video encoder stays from `FROZEN` of its
-run on, so who trains parts by hand may begin with `latents` there.
+picture beside sound, until the video encoder stays; from there on others learn its latents, beside
+its decoder that goes on.
 """
 
 import subprocess
@@ -56,6 +56,7 @@ class Part:
 
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
+        "video_encoder": Part(video_vae.PACE, video_vae.VideoEncoderTraining),
         "video_vae": Part(video_vae.PACE, video_vae.VideoVAETraining),
         "video_decoder": Part(video_vae.POLISH, video_vae.VideoDecoderTraining),
         "audio_vae": Part(audio_vae.PACE, audio_vae.AudioVAETraining),
@@ -68,8 +69,8 @@ PARTS: Mapping[str, Part] = MappingProxyType(
 )
 # Tracks of parts, one process each; a round begins when the one before has ended.
 ROUNDS = (
-    (("video_vae",), ("audio_vae", "vocoder")),
-    (("latents", "transformer"), ("video_decoder", "upscaler", "upscaler_time")),
+    (("video_encoder",), ("audio_vae", "vocoder")),
+    (("latents", "transformer"), ("video_vae", "video_decoder", "upscaler", "upscaler_time")),
 )
 
 

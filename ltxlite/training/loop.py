@@ -97,14 +97,15 @@ class Loop:
         """The file of the state."""
         return self.folder / f"{self.name}.state.safetensors"
 
-    def steps(self, note: Note) -> Iterator[int]:
+    def steps(self, note: Note, until: float = 1.0) -> Iterator[int]:
         """Yield the numbers of the steps that are left; call `learn` once in each.
 
+        until: the share of the run to stop after; another loop may go on from there.
         What was saved is gone on with; the state is saved every minute and at the end.
         """
         self.resume(note)
         saved = time.monotonic()
-        while self.step < self.pace.steps:
+        while self.pace.progress(self.step) < until:
             yield self.step
             if time.monotonic() - saved > _SAVE_SECONDS:
                 self.save()

@@ -76,7 +76,7 @@ _COURSE: tuple[tuple[float, tuple[Batch, ...]], ...] = (
     ),
 )
 _POLISHING = (Batch(2, 17, _LARGE), Batch(6, 17, _SMALL), Batch(2, 17, _LARGE), Batch(4, 17, _WIDE))
-FROZEN = 0.6  # of the run, after which the encoder stays: others already learn its latents
+_FROZEN = 0.6  # of the run, after which the encoder stays: others already learn its latents
 
 
 def build() -> tuple[VideoEncoder, VideoDecoder]:
@@ -181,6 +181,8 @@ def _edges(x: Tensor, axis: int) -> Tensor:
 class VideoVAETraining:
     """The loop's parts: networks, pools of scenes, one step."""
 
+    until = 1.0  # of the run
+
     def __init__(
         self, folder: Path, pace: Pace = PACE, device: torch.device = CPU, scenes: int = _SCENES
     ) -> None:
@@ -191,7 +193,7 @@ class VideoVAETraining:
 
     def run(self, note: Note) -> None:
         """Train to the end."""
-        for step in self.loop.steps(note):
+        for step in self.loop.steps(note, self.until):
             self.loop.learn(self.losses(step), note)
 
     def losses(self, step: int) -> dict[str, Tensor]:
@@ -201,7 +203,7 @@ class VideoVAETraining:
         batch = batches[step % len(batches)]
         covered = self.pools.of(batch.size).sample(batch.clips, batch.frames, generator)
         pixels = painted(covered, generator)
-        if progress >= FROZEN:
+        if progress >= _FROZEN:
             self.encoder.requires_grad_(False)
         with narrow_products(self.loop.device):
             latent = encode(self.encoder, pixels).float()
@@ -211,6 +213,12 @@ class VideoVAETraining:
         found = losses(made, pixels, covered, sharp)
         found["latent"] = 1e-3 * latent.square().mean()
         return found
+
+
+class VideoEncoderTraining(VideoVAETraining):
+    """The same run, as far as the encoder learns; `VideoVAETraining` goes on with it."""
+
+    until = _FROZEN
 
 
 class VideoDecoderTraining:

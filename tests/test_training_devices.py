@@ -1,16 +1,18 @@
 """Training away from the CPU: the same clips and steps, and nothing that was left behind."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from away_device import AWAY, elsewhere
+from safetensors.torch import load_file
 from test_training import quiet
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ltxlite.training import audio_vae, latents, transformer, upscaler, video_vae, vocoder
+from ltxlite.training import audio_vae, latents, new_word, transformer, upscaler, video_vae, vocoder
 from ltxlite.training.latents import KINDS, Kind
 from ltxlite.training.loop import CPU, Loop, Pace
 
@@ -76,6 +78,21 @@ def test_a_run_elsewhere_sees_the_same_clips_and_goes_on_here(
             other.resume(quiet)
             for name, value in other._state().items():
                 assert torch.equal(found[device][1][name], value), name
+
+
+def test_a_word_is_learned_elsewhere_as_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_word, "_KIND", replace(new_word._KIND, count=16, frames=9))
+    pace, files = Pace(steps=2, rate=2e-3, warmup=2), []
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), elsewhere(monkeypatch):
+        for device in (CPU, AWAY):
+            folder = tmp_path / device.type
+            word = new_word.WordTraining(folder, "orange", (0.9, 0.5, 0.1), None, pace, device)
+            files.append(word.run(quiet))
+    here, away = (load_file(file) for file in files)
+    assert here.keys() == away.keys()
+    assert all(torch.equal(away[name], value) for name, value in here.items())
 
 
 def steps(loop: Loop, losses: Callable[[int], dict[str, Tensor]]) -> list[float]:

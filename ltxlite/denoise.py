@@ -13,6 +13,7 @@ from ltxlite.checkpoint.assemble import nonfinite_parameters
 from ltxlite.conditioning import LatentState, attention_weights, without_appended
 from ltxlite.errors import CheckpointError, RequestError
 from ltxlite.models.passes import (
+    APART,
     UNSCALED,
     Avoided,
     BranchScales,
@@ -197,7 +198,7 @@ class Denoiser:
 
     def _perturbation(self, name: str) -> Perturbation:
         if name == "isolated":
-            return Perturbation(((Skip.AUDIO_TO_VIDEO, None), (Skip.VIDEO_TO_AUDIO, None)))
+            return APART
         if name != "perturbed":
             return Perturbation()
         return Perturbation(

@@ -181,6 +181,10 @@ class Perturbation:
         return any(kind is skip and (at is None or block in at) for kind, at in self.skips)
 
 
+# Each stream as if the other were not there.
+APART = Perturbation(((Skip.AUDIO_TO_VIDEO, None), (Skip.VIDEO_TO_AUDIO, None)))
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One forward pass: either stream may be absent; perturbations are one per sample or none."""

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ltxlite.geometry import AudioGrid, LatentGrid, audio_positions, video_positions
-from ltxlite.models.passes import Pass, StreamInput, StreamRope, Timesteps, Velocity
+from ltxlite.models.passes import (
+    APART,
+    Pass,
+    StreamInput,
+    StreamRope,
+    Timesteps,
+    Velocity,
+)
 from ltxlite.models.settings import Settings
 from ltxlite.models.transformer import Transformer
 from ltxlite.models.transformer_config import TransformerConfig
@@ -36,11 +43,12 @@ _WIDE = 0.4
 # eight lie, hardly anything of a clip can be seen yet.
 _FAINT, _DECISIVE = 1.0, 4.0
 # Chances of what a step trains besides plain generation.
-_EMPTY, _FIRST_FRAME, _GIVEN_PICTURE = 0.05, 0.2, 0.1
-# First what is seen, half the time without sound; that both pulse together is learned last.
-_MUTE, _GIVEN_SOUND = 0.4, 0.1
-_TOGETHER = 0.5  # of the run, from where on:
-_MUTE_LATE, _GIVEN_SOUND_LATE = 0.1, 0.25
+_EMPTY, _FIRST_FRAME, _GIVEN_PICTURE, _GIVEN_SOUND, _MUTE = 0.05, 0.2, 0.1, 0.25, 0.1
+# First what is seen, with and without sound; that both pulse together is learned last. Attention
+# between the two is left out till then: while neither stream says anything it is noise to the
+# other, training closes it, and Muon moves what is closed until it never opens again (docs/log.md).
+_MUTE_ALONE = 0.4
+_TOGETHER = 0.5  # of the run, from where on they meet
 _OTHER_PHRASE = 0.15
 _TOKENS = 1900  # of a batch, both streams: 48 clips of 64x64x17
 
@@ -152,7 +160,7 @@ class TransformerTraining:
         networks: dict[str, nn.Module] = {"transformer": self.transformer, **self.path.networks()}
         self.loop = Loop("transformer", folder, networks, pace, device)
         self.lesson = Lesson(self.path, CaptionRows(self.path), self.loop.generator)
-        self.late = replace(self.lesson, mute=_MUTE_LATE, given_sound=_GIVEN_SOUND_LATE)
+        self.alone = replace(self.lesson, mute=_MUTE_ALONE, together=False)
         latents = read_latents(folder)
         self.scale = Scale.of(next(iter(latents.values())))
         tables = [Table.of(item, self.scale, self.transformer) for item in latents.values()]
@@ -173,7 +181,7 @@ class TransformerTraining:
         table = tables[int(torch.multinomial(shares, 1, generator=generator))]
         picks = torch.randint(len(table.facts), (table.clips,), generator=generator)
         said = self._captions(table, picks)
-        lesson = self.late if self.loop.pace.progress(step) >= _TOGETHER else self.lesson
+        lesson = self.lesson if self.loop.pace.progress(step) >= _TOGETHER else self.alone
         return lesson_losses(self.transformer, lesson, table, picks, said)
 
     def _captions(self, table: Table, picks: Tensor) -> list[str]:
@@ -191,27 +199,28 @@ class TransformerTraining:
 class Lesson:
     """What turns captions into contexts while something learns, and its source of chance.
 
-    mute, given_sound: shares of the batches without sound, and of those it is given to.
+    mute: share of the batches without sound.  together: whether streams attend to each other; only
+    then it says something that one of them is given.
     """
 
     path: TextPath
     rows: CaptionRows
     generator: torch.Generator
     mute: float = _MUTE
-    given_sound: float = _GIVEN_SOUND
+    together: bool = True
 
     def case(self, table: Table, picks: Tensor) -> Case:
         """Draw what a batch of these clips trains."""
         generator = self.generator
         chance = torch.rand(4, generator=generator).tolist()
         levels = _SECOND if table.kind.height >= 128 else _FIRST
-        given = chance[2]
+        given = chance[2] if self.together else 0.5
         mute = chance[3] < self.mute
         return Case(
             picks,
             _levels(levels, len(picks), table.kind.spread < 1, generator).to(picks.device),
             first_frame=chance[1] < _FIRST_FRAME,
-            given_sound=given < self.given_sound and not mute,
+            given_sound=given < _GIVEN_SOUND and not mute,
             given_picture=given > 1 - _GIVEN_PICTURE and not mute,
             mute=mute,
         )
@@ -230,7 +239,8 @@ def lesson_losses(
     noise = [torch.randn(x.shape, generator=generator).to(device) for x in clean]
     picture = _stream(table, case, clean[0], noise[0], video, sound=False)
     sound = _stream(table, case, clean[1], noise[1], audio, sound=True)
-    made = velocities(transformer, Pass(picture, None if case.mute else sound), bias)
+    apart = () if lesson.together else (APART,) * len(picks)
+    made = velocities(transformer, Pass(picture, None if case.mute else sound, apart), bias)
     return _compared(table, case, made, [n - x for n, x in zip(noise, clean, strict=True)])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ltxlite.errors import RequestError
 
 EXAMPLE = """example:
-  ltxlite train world --out world/        # about 2 hours on two CPU cores
+  ltxlite train world --out world/        # about 95 minutes on two CPU cores
   ltxlite train world --out world/ --resume
   ltxlite train orange --colour 0.95,0.5,0.05 --out words/   # a LoRA, a minute; then
   ltxlite demo --lora words/word-orange.safetensors \

@@ -101,13 +101,15 @@ def _tell(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from ltxlite.cli.show import print_result
-    from ltxlite.training.world import read_caption
+    from ltxlite.training.world import read_caption, unknown_words
 
     seen = measured(Path(options.output))
     asked = read_caption(options.prompt, seen)
     assert asked is not None
     wrong = [name for name, right in asked.agreement(seen).items() if not right]
     verdict = f"not as asked: {', '.join(wrong)}" if wrong else "as asked"
+    if unknown := unknown_words(options.prompt):
+        verdict += f", but for {', '.join(unknown)}, which measuring has no word for"
     print_result(
         f"measured: {seen.caption()} ({verdict})",
         {"measured": asdict(seen), "not_as_asked": wrong},

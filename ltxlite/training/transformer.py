@@ -214,14 +214,15 @@ class Lesson:
         generator = self.generator
         chance = torch.rand(4, generator=generator).tolist()
         levels = _SECOND if table.kind.height >= 128 else _FIRST
-        given = chance[2] if self.together else 0.5
+        given = chance[2]
         mute = chance[3] < self.mute
+        one_given = self.together and not mute
         return Case(
             picks,
             _levels(levels, len(picks), table.kind.spread < 1, generator).to(picks.device),
             first_frame=chance[1] < _FIRST_FRAME,
-            given_sound=given < _GIVEN_SOUND and not mute,
-            given_picture=given > 1 - _GIVEN_PICTURE and not mute,
+            given_sound=one_given and given < _GIVEN_SOUND,
+            given_picture=one_given and given > 1 - _GIVEN_PICTURE,
             mute=mute,
         )
 
